@@ -1,0 +1,362 @@
+"""What a run is, as frozen dataclasses: one class per Hydra group, one field per key.
+
+`load.py` turns YAML and overrides into a `Config`, `check.py` enforces the rules that span fields. Nothing changes a
+config afterwards. Units stand in the names; a field without a unit is a count. `None` means "derived", and the comment
+says from what.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Ranks: world size = pp * dp * ep. Every one of the dp * ep ranks of a stage reads its own share of the batch."""
+
+    # Pipeline stages.
+    pp: int = 1
+    # Ranks over which the routed experts are spread; must divide model.num_experts.
+    ep: int = 1
+    # Replicas of each expert-parallel group; None: world size / (pp * ep).
+    dp: int | None = None
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions on the decoupled dimensions; YaRN (arXiv:2309.00071) when yarn_factor > 1."""
+
+    theta: float = 10000.0
+    # Context extension s = new length / original_seq_len; 1 switches YaRN off.
+    yarn_factor: float = 1.0
+    original_seq_len: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    # Temperature: the softmax scale is multiplied by (0.1 * mscale_all_dim * ln(yarn_factor) + 1)^2, and cos/sin by the
+    # quotient of the two terms (1 when mscale == mscale_all_dim).
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """DeepSeek-V3 section 2.1.2 by default; softmax scores, group_score=max and no bias give V2."""
+
+    # sigmoid | softmax
+    score: str = "sigmoid"
+    # Experts form num_groups equal groups (nodes); a token uses experts of at most groups_per_token of them.
+    num_groups: int = 1
+    groups_per_token: int = 1
+    # How a group is ranked: top2_sum (V3: sum of its two best biased scores) | max (V2).
+    group_score: str = "top2_sum"
+    # Divide the chosen scores by their sum.
+    normalize_weights: bool = True
+    # Multiplies the routed output.
+    scaling_factor: float = 1.0
+    # Step of the balancing bias (gamma of the aux-loss-free method) after every training step; 0 keeps the bias fixed.
+    bias_update_rate: float = 0.001
+    # Weight (alpha) of the sequence-wise balance loss.
+    balance_loss_weight: float = 0.0001
+    # Weight of the mean squared log-sum-exp of the router logits (ST-MoE, arXiv:2202.08906).
+    z_loss_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class MtpConfig:
+    """Multi-token prediction (DeepSeek-V3 section 2.2): `depth` extra modules, each one token further ahead."""
+
+    depth: int = 0
+    # Lambda: the mean of the depths' cross entropies is added to the loss with this weight.
+    loss_weight: float = 0.3
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """An MLA/MoE transformer; the defaults of the dimensions are those of conf/model/tiny.yaml."""
+
+    # None: the tokenizer's, rounded up to a multiple of 64.
+    vocab_size: int | None = None
+    hidden_size: int = 256
+    num_layers: int = 4
+    # The first layers have a dense feed-forward network instead of experts.
+    num_dense_layers: int = 1
+    num_heads: int = 4
+    # Rank of the compressed queries; None: full-rank queries (V2-Lite).
+    q_lora_rank: int | None = None
+    kv_lora_rank: int = 64
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 32
+    v_head_dim: int = 64
+    # Width of the dense feed-forward networks.
+    intermediate_size: int = 704
+    # Width of one expert.
+    moe_intermediate_size: int = 192
+    num_experts: int = 16
+    num_shared_experts: int = 1
+    experts_per_token: int = 4
+    norm_eps: float = 1e-6
+    # Standard deviation of the initial weights.
+    init_std: float = 0.006
+    tie_embeddings: bool = False
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    mtp: MtpConfig = field(default_factory=MtpConfig)
+
+
+@dataclass(frozen=True)
+class RampConfig:
+    """Batch-size ramp: from start_sequences to the full batch in equal increments over the first `tokens` tokens."""
+
+    # 0: no ramp.
+    tokens: int = 0
+    start_sequences: int = 0
+    increment_sequences: int = 0
+
+
+@dataclass(frozen=True)
+class RecipeChange:
+    """From `at_tokens` trained tokens on, the given values replace those of the model config."""
+
+    at_tokens: int = 0
+    mtp_loss_weight: float | None = None
+    bias_update_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Give exactly one of `sequences` and `batch_tokens`."""
+
+    # Optimiser steps of the whole run, counted from its beginning (not from a resume).
+    steps: int = 1000
+    # Tokens a sequence trains on; a sample also carries 1 + model.mtp.depth further tokens as targets.
+    seq_len: int = 256
+    # Sequences in a global batch.
+    sequences: int | None = None
+    # Tokens in a global batch: a multiple of seq_len.
+    batch_tokens: int | None = None
+    # Sequences that go through the model at once on a rank.
+    micro_batch: int = 1
+    seed: int = 0
+    # never | auto (go on if the run directory holds a checkpoint) | must
+    resume: str = "never"
+    # A run directory whose newest weights (not optimiser state) a new run starts from.
+    init_from: str | None = None
+    # Any of norm, mla_up, swiglu, attend, experts, layer: computed again in the backward pass instead of kept.
+    recompute: tuple[str, ...] = ()
+    ramp: RampConfig = field(default_factory=RampConfig)
+    changes: tuple[RecipeChange, ...] = ()
+
+
+@dataclass(frozen=True)
+class DispatchConfig:
+    """How tokens reach their experts."""
+
+    # auto (alltoall if mesh.ep > 1, otherwise local) | local | alltoall
+    kind: str = "auto"
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Master weights, gradient accumulation and the router are FP32 whatever is set here."""
+
+    # Dtype of parameters and activations in the forward and backward pass: float32 | bfloat16
+    compute_dtype: str = "bfloat16"
+    # Dtype of AdamW's two moments: float32 | bfloat16
+    moments_dtype: str = "bfloat16"
+    # Dtype of gradients on the wire; they are summed in FP32 after arrival: float32 | bfloat16
+    grad_wire_dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Who shards, reduces and updates."""
+
+    # torch | deepspeed
+    name: str = "torch"
+    # torch: 1; deepspeed: 1 or 2.
+    zero_stage: int = 1
+    # Size of a gradient bucket in MiB of FP32.
+    bucket_mib: int = 32
+    # deepspeed only: optimiser states and update on the CPU.
+    offload_optimizer: bool = False
+
+
+@dataclass(frozen=True)
+class LrPhase:
+    """A stretch of the learning rate after warm-up, from the rate before it to `lr_end`."""
+
+    # constant (jumps to lr_end at its start) | linear | cosine
+    shape: str = "cosine"
+    # Length; 0: the rest of the run (last phase only).
+    tokens: int = 0
+    lr_end: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (arXiv:1711.05101) with the learning rate of DeepSeek-V3 section 4.2."""
+
+    # Peak, reached after warm-up.
+    lr: float = 3e-4
+    warmup_steps: int = 100
+    # What follows the warm-up, in order; empty: constant.
+    phases: tuple[LrPhase, ...] = ()
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    # Applied to matrices only: not to norms, biases and embeddings.
+    weight_decay: float = 0.1
+    # Largest norm of the whole gradient; 0 switches clipping off.
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One part of a blend."""
+
+    path: str = ""
+    # Share of the samples, relative to the sum of all weights.
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Give either `path` or `blend`."""
+
+    # Text (.txt .md .py .rst ...), .jsonl, .parquet, a directory of these, a Hugging Face dataset on disk, or the prefix
+    # of a tokenised .bin/.idx pair.
+    path: str | None = None
+    blend: tuple[Corpus, ...] = ()
+    # "bytes" (256 byte values and one end-of-document token) or the path of a `tokenizers` JSON file.
+    tokenizer: str = "bytes"
+    # Column or key of the text in JSONL, parquet and datasets.
+    text_key: str = "text"
+    # Where token files made from text are kept; None: ~/.cache/dstrain/tokens (XDG_CACHE_HOME is obeyed).
+    cache_dir: str | None = None
+    # Share of documents rearranged for fill-in-the-middle (prefix-suffix-middle, DeepSeek-V3 section 4.1).
+    fim_rate: float = 0.0
+    # Samples prepared ahead of the step, in a background thread.
+    prefetch_batches: int = 2
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints are written in the background; the last step is always saved."""
+
+    # Steps between checkpoints; 0: only at the end.
+    every_steps: int = 100
+    # The newest this many stay ...
+    keep_last: int = 2
+    # ... and, for ever, those whose step is a multiple of this; 0: none.
+    keep_every_steps: int = 0
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    # Steps between lines when the console is not a live display.
+    console_every_steps: int = 10
+    # Steps between records of the per-layer MoE figures in metrics.jsonl and W&B.
+    moe_every_steps: int = 10
+    # W&B: disabled | offline | online
+    wandb: str = "disabled"
+    wandb_project: str = "dstrain"
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """The accelerator and its links, per device, one direction."""
+
+    name: str = "cpu"
+    # Dense peak of the matrix units in TFLOP/s; 0: unknown, MFU is not reported.
+    peak_bf16_tflops: float = 0.0
+    memory_gib: float = 0.0
+    devices_per_node: int = 1
+    intra_node_gbytes_per_s: float = 0.0
+    inter_node_gbytes_per_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    # Everything a run writes goes here.
+    dir: str = "runs/default"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """`dstrain verify`: what is compared, and how closely it must agree."""
+
+    # Optimiser steps after which parameters are compared.
+    steps: int = 3
+    # Largest relative error of the loss and of any gradient.
+    tolerance: float = 1e-5
+    # Seconds until a run that hangs is ended.
+    timeout_s: int = 600
+
+
+@dataclass(frozen=True)
+class VerifyRoot(Config):
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+
+
+@dataclass(frozen=True)
+class GenerateRoot:
+    """`dstrain generate`."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    prompt: str = ""
+    # Checkpoint step; None: the newest.
+    step: int | None = None
+    max_tokens: int = 200
+    # 0: always the likeliest token.
+    temperature: float = 0.8
+    # Sample from the smallest set of tokens that holds this probability.
+    top_p: float = 0.95
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ExportRoot:
+    """`dstrain export`: a checkpoint of a run as a Hugging Face model directory."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    out: str = ""
+    step: int | None = None
+    # bfloat16 | float32 | fp8 (E4M3 with 128x128 block scales, `weight_scale_inv`)
+    dtype: str = "bfloat16"
+    # Largest size of one safetensors file in GiB.
+    shard_gib: float = 4.0
+
+
+@dataclass(frozen=True)
+class ImportRoot:
+    """`dstrain import`: a Hugging Face DeepSeek-V2/V3 directory as step 0 of a new run."""
+
+    path: str = ""
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True)
+class TokenizeRoot:
+    """`dstrain tokenize`: text into a .bin/.idx pair."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    # Prefix of the two files.
+    out: str = ""
+    # None: one process per core.
+    workers: int | None = None

@@ -1,0 +1,42 @@
+"""The one small interface behind which gradients are reduced and parameters updated.
+
+    for each micro-batch:  engine.backward(loss, last=...)
+    engine.reduce()                  gradients are now sums over all data ranks
+    engine.step(lr)                  clip by the global norm, update, refresh the compute parameters
+
+The loss of a micro-batch is its sum of token losses divided by the token count of the *global* batch, so gradients are
+summed over ranks and micro-batches, never averaged.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor
+
+from dstrain.engine.state import FlatShard, Shards
+
+
+class Engine(Protocol):
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the gradient of `loss` in FP32; with `last`, a bucket may leave as soon as it is complete."""
+        ...
+
+    def reduce(self) -> float:
+        """Finishes the reduction and returns the norm of the whole gradient, before clipping."""
+        ...
+
+    def gradients(self) -> Iterator[tuple[str, FlatShard]]:
+        """Between `reduce` and `step`: this rank's ranges of the summed FP32 gradients, by parameter name."""
+        ...
+
+    def step(self, lr: float) -> None:
+        """Clips, updates the master weights, refreshes the compute parameters and forgets the gradients."""
+        ...
+
+    def state(self) -> Shards:
+        """The live `master/<name>`, `exp_avg/<name>` and `exp_avg_sq/<name>` ranges; a load writes into them."""
+        ...
+
+    def loaded(self, step: int) -> None:
+        """After a load wrote into `state()`: `step` updates have been made; refresh the compute parameters."""
+        ...
