@@ -1,0 +1,86 @@
+"""A decoder layer as four phases, cut where communication happens.
+
+    attend    norm, attention, residual, norm, router          compute
+    dispatch  tokens set out to their experts                  communication
+    experts   the routed experts of this rank                  compute
+    combine   results come home, weighted and summed           communication
+
+`forward` runs them in order, with the shared expert in the shadow of the dispatch; a schedule may call them one by one
+and put other work between. A dense layer is all `attend`.
+
+Shapes: B sequences, T tokens, D hidden, N = B * T, R rows.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from dstrain.config.schema import ModelConfig
+from dstrain.dispatch.contract import Arrived, Dispatcher, Handle, Route
+from dstrain.model.attention import Attention
+from dstrain.model.moe import FeedForward, MoE
+from dstrain.model.router import RouterReport
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What `attend` leaves behind: the residual stream and, in an MoE layer, normalised tokens with their routes."""
+
+    x_BTD: Tensor
+    normed_BTD: Tensor
+    route: Route
+    report: RouterReport
+
+
+class DecoderLayer(nn.Module):
+    """What dense and MoE layers share: attention with its residual."""
+
+    def __init__(self, model: ModelConfig):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
+        self.attn = Attention(model)
+        self.ffn_norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
+
+    def attention(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        return x_BTD + self.attn(self.attn_norm(x_BTD), cos_TR, sin_TR)
+
+
+class DenseLayer(DecoderLayer):
+    def __init__(self, model: ModelConfig):
+        super().__init__(model)
+        self.mlp = FeedForward(model.hidden_size, model.intermediate_size)
+
+    def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, None]:
+        x_BTD = self.attention(x_BTD, cos_TR, sin_TR)
+        return x_BTD + self.mlp(self.ffn_norm(x_BTD)), None
+
+
+class MoELayer(DecoderLayer):
+    def __init__(self, model: ModelConfig, held: range, dispatcher: Dispatcher):
+        super().__init__(model)
+        self.moe = MoE(model, held)
+        self.dispatcher = dispatcher
+
+    def attend(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Attended:
+        x_BTD = self.attention(x_BTD, cos_TR, sin_TR)
+        normed_BTD = self.ffn_norm(x_BTD)
+        return Attended(x_BTD, normed_BTD, *self.moe.router(normed_BTD))
+
+    def dispatch(self, attended: Attended) -> Handle[Arrived]:
+        return self.dispatcher.dispatch(attended.normed_BTD.flatten(0, 1), attended.route)
+
+    def experts(self, arrived: Arrived) -> Tensor:
+        return self.moe.experts(arrived.rows_RD, arrived.counts)
+
+    def combine(self, rows_RD: Tensor, arrived: Arrived) -> Handle[Tensor]:
+        return self.dispatcher.combine(rows_RD, arrived.ticket)
+
+    def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, RouterReport]:
+        attended = self.attend(x_BTD, cos_TR, sin_TR)
+        outbound = self.dispatch(attended)
+        y_BTD = attended.x_BTD
+        if self.moe.shared is not None:
+            y_BTD = y_BTD + self.moe.shared(attended.normed_BTD)
+        arrived = outbound.wait()
+        homebound = self.combine(self.experts(arrived), arrived)
+        return y_BTD + homebound.wait().view_as(y_BTD), attended.report
