@@ -11,6 +11,7 @@ backward pass. Every transport is drop-in for every other. The layer never sees 
 Shapes: T tokens of this rank, K experts per token, D hidden size, R rows that arrived here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -61,3 +62,14 @@ class Ready(Generic[Result]):
 
     def wait(self) -> Result:
         return self.result
+
+
+@dataclass(frozen=True)
+class Then(Generic[Result]):
+    """A handle whose result is a function of another's, computed when it is waited for."""
+
+    handle: Handle[Any]
+    finish: Callable[[Any], Result]
+
+    def wait(self) -> Result:
+        return self.finish(self.handle.wait())

@@ -58,13 +58,22 @@ class Transformer(nn.Module):
             for _ in range(model.mtp.depth)
         )
 
-    @property
-    def head_weight(self) -> Tensor:
-        return self.embed.weight if self.config.tie_embeddings else self.head.weight
+    def scores(self, hidden: Tensor) -> Tensor:
+        """The head: [..., D] -> [..., V]."""
+        return F.linear(hidden, self.embed.weight) if self.config.tie_embeddings else self.head(hidden)
 
     def routers(self) -> Iterator[tuple[str, Router]]:
         """The routers with their logical names, in the order of `StepLoss.reports`."""
         yield from ((name, module) for name, module in self.named_modules() if isinstance(module, Router))
+
+    def parts(self) -> Iterator[nn.Module]:
+        """The modules that are called one after the other and together hold every parameter once."""
+        yield self.embed
+        yield from self.layers
+        yield self.norm
+        if not self.config.tie_embeddings:
+            yield self.head
+        yield from self.mtp
 
     def hidden(self, tokens_BT: Tensor) -> tuple[Tensor, list[RouterReport]]:
         """Final hidden states after the norm, [B, T, D]."""
@@ -79,7 +88,7 @@ class Transformer(nn.Module):
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Scores of the next token, [B, T, V]."""
-        return F.linear(self.hidden(tokens_BT)[0], self.head_weight)
+        return self.scores(self.hidden(tokens_BT)[0])
 
     def forward(self, tokens_BS: Tensor, total_sequences: int, mtp_weight: float | None = None) -> StepLoss:
         """The loss share of a micro-batch whose global batch has `total_sequences` sequences."""
@@ -103,7 +112,7 @@ class Transformer(nn.Module):
 
     def _cross_entropy(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Sum over sequences of the mean cross entropy of their tokens, FP32."""
-        logits_NV = F.linear(hidden_BTD, self.head_weight).flatten(0, 1).float()
+        logits_NV = self.scores(hidden_BTD).flatten(0, 1).float()
         return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum") / targets_BT.shape[1]
 
     @staticmethod

@@ -1,0 +1,160 @@
+"""The training step: micro-batches through the model, gradients through the engine, figures to whoever listens.
+
+The global batch is rows [samples, samples + sequences) of the loader's endless order; rank d of R takes its d-th part of
+them. Losses are shares of the global batch (model/transformer.py), so adding up is all that ranks and micro-batches do.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dstrain.comm.collectives import all_reduce_sum
+from dstrain.comm.trace import CommTotals
+from dstrain.config.schema import Config
+from dstrain.dispatch.balance import update_bias
+from dstrain.engine.contract import Engine
+from dstrain.engine.recipe import batch_sequences, bias_update_rate, learning_rate, mtp_loss_weight
+from dstrain.engine.state import FlatShard, Progress, Shards
+from dstrain.errors import UserError
+from dstrain.mesh.groups import Groups
+from dstrain.model.router import RouterReport
+from dstrain.model.transformer import StepLoss, Transformer
+
+# (first sample, count) -> tokens [count, seq_len + lookahead]
+Batches = Callable[[int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerLoad:
+    """What one MoE layer did with the global batch."""
+
+    name: str
+    load_E: Tensor
+    # Mean entropy of a token's normalised affinities, in nats.
+    entropy: float
+    bias_range: float
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A finished step; the losses are means over the global batch."""
+
+    progress: Progress
+    loss: float
+    loss_main: float
+    loss_mtp: float
+    loss_balance: float
+    loss_z: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    seconds: float
+    comm: CommTotals
+    layers: list[LayerLoad]
+    # Some rank was asked to stop (a signal).
+    stop: bool
+
+
+class _Sums:
+    """Adds up micro-batches, then ranks: one small FP64 all-reduce a step, exact for the integer loads."""
+
+    def __init__(self, device: torch.device):
+        self.parts_5 = torch.zeros(5, dtype=torch.float64, device=device)
+        self.entropy_L = torch.zeros(0, dtype=torch.float64, device=device)
+        self.load_LE = torch.zeros(0, dtype=torch.float64, device=device)
+
+    def add(self, loss: StepLoss) -> None:
+        self.parts_5[:4] += loss.parts_4
+        self.parts_5[4] += loss.total.detach()
+        if loss.reports:
+            self.entropy_L = self._plus(self.entropy_L, loss.reports, "entropy")
+            self.load_LE = self._plus(self.load_LE, loss.reports, "load_E")
+
+    @staticmethod
+    def _plus(so_far: Tensor, reports: list[RouterReport], field: str) -> Tensor:
+        new = torch.stack([getattr(report, field) for report in reports]).double()
+        return so_far + new if so_far.numel() else new
+
+    def over_ranks(self, groups: Groups, stop: bool) -> bool:
+        """Replaces the sums by those over all data ranks; whether any rank wants to stop."""
+        flag = self.parts_5.new_tensor([float(stop)])
+        flat = torch.cat((self.parts_5, self.entropy_L, self.load_LE.flatten(), flag))
+        all_reduce_sum(flat, groups.data)
+        sizes = (5, self.entropy_L.numel(), self.load_LE.numel(), 1)
+        self.parts_5, self.entropy_L, load, flag = flat.split(sizes)
+        self.load_LE = load.view_as(self.load_LE)
+        return flag.item() > 0
+
+
+@dataclass
+class Trainer:
+    """Runs steps of a model under an engine; `progress` is where the run stands."""
+
+    config: Config
+    groups: Groups
+    model: Transformer
+    engine: Engine
+    batches: Batches
+    progress: Progress
+
+    def micro_batches(self, sequences: int) -> Iterator[tuple[int, int]]:
+        """(first sample, count) of this rank's micro-batches of the next global batch of `sequences`."""
+        size, ranks = self.config.train.micro_batch, self.groups.mesh.data
+        own = sequences // ranks
+        begin = self.progress.samples + own * self.groups.mesh.data_index(self.groups.place.rank)
+        yield from ((first, size) for first in range(begin, begin + own, size))
+
+    def accumulate(self) -> tuple[_Sums, int]:
+        """Forward and backward over this rank's part of the next batch; its sums and the global sequence count."""
+        sequences = batch_sequences(self.config.train, self.progress.tokens)
+        weight = mtp_loss_weight(self.config, self.progress.tokens)
+        sums, todo = _Sums(self.groups.place.device), list(self.micro_batches(sequences))
+        for n, (first, count) in enumerate(todo, start=1):
+            tokens_BS = self.batches(first, count).to(self.groups.place.device, non_blocking=True)
+            loss: StepLoss = self.model(tokens_BS, sequences, weight)
+            self.engine.backward(loss.total, last=n == len(todo))
+            sums.add(loss)
+        return sums, sequences
+
+    def step(self, *, stop: bool = False) -> StepReport:
+        """One optimiser step. Raises UserError when loss or gradient are not finite, before anything is updated."""
+        began = time.perf_counter()
+        sums, sequences = self.accumulate()
+        grad_norm = self.engine.reduce()
+        stop = sums.over_ranks(self.groups, stop)
+        tokens = sequences * self.config.train.seq_len
+        lr = learning_rate(self.config, self.progress.step, self.progress.tokens)
+        main, mtp, balance, z, total = sums.parts_5.tolist()
+        if not torch.isfinite(torch.tensor((total, grad_norm))).all():
+            raise UserError(
+                f"step {self.progress.step + 1}: loss {total} and gradient norm {grad_norm} must be finite. "
+                "Nothing was updated; go on from the last checkpoint with a lower optim.lr or a longer optim.warmup_steps."
+            )
+        self.engine.step(lr)
+        layers = self._balance(sums, tokens)
+        done = self.progress
+        self.progress = Progress(done.step + 1, done.samples + sequences, done.tokens + tokens)
+        if self.groups.place.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds, comm = time.perf_counter() - began, self.groups.trace.take()
+        return StepReport(
+            self.progress, total, main, mtp, balance, z, lr, grad_norm, tokens, seconds, comm, layers, stop
+        )
+
+    def _balance(self, sums: _Sums, tokens: int) -> list[LayerLoad]:
+        """Moves the router biases against the load of the global batch, which every rank knows."""
+        rate = bias_update_rate(self.config, self.progress.tokens)
+        layers = []
+        for (name, router), entropy, load_E in zip(self.model.routers(), sums.entropy_L, sums.load_LE, strict=True):
+            update_bias(router.bias, load_E, rate)
+            spread = (router.bias.max() - router.bias.min()).item()
+            layers.append(LayerLoad(name, load_E, entropy.item() / tokens, spread))
+        return layers
+
+    def state(self) -> Shards:
+        """Everything that a checkpoint keeps: the engine's shards and the router biases."""
+        biases = {f"buffer/{name}.bias": router.bias for name, router in self.model.routers()}
+        return self.engine.state() | {name: FlatShard(tuple(b.shape), 0, b.view(-1)) for name, b in biases.items()}

@@ -1,0 +1,63 @@
+"""AdamW on flat shards: FP32 master weights, moments in FP32 or BF16 (DeepSeek-V3 section 3.3.3).
+
+The arithmetic is torch's fused kernel in FP32. Narrow moments are widened a block at a time, so that the whole shard is
+never held twice.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from dstrain.config.schema import OptimConfig
+
+BLOCK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class AdamShard:
+    """A flat FP32 range of weights with its two moments, updated in place."""
+
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    decays: bool
+
+    @staticmethod
+    def of(master: Tensor, moments_dtype: torch.dtype, decays: bool) -> "AdamShard":
+        moments = (torch.zeros_like(master, dtype=moments_dtype) for _ in range(2))
+        return AdamShard(master, *moments, decays=decays)
+
+    @torch.no_grad()
+    def update(self, grad: Tensor, lr: float, updates_before: int, optim: OptimConfig) -> None:
+        """One AdamW step with the FP32 gradient `grad`; `updates_before` steps have been made."""
+        blocks = zip(
+            *(t.split(BLOCK_ELEMENTS) for t in (self.master, grad, self.exp_avg, self.exp_avg_sq)), strict=True
+        )
+        for master, g, m, v in blocks:
+            self._update_block(master, g, m, v, lr=lr, updates_before=updates_before, optim=optim)
+
+    def _update_block(
+        self, master: Tensor, grad: Tensor, m: Tensor, v: Tensor, *, lr: float, updates_before: int, optim: OptimConfig
+    ) -> None:
+        wide_m, wide_v = m.float(), v.float()
+        adamw(
+            [master],
+            [grad],
+            [wide_m],
+            [wide_v],
+            max_exp_avg_sqs=[],
+            state_steps=[torch.tensor(float(updates_before), device=master.device)],
+            fused=True,
+            amsgrad=False,
+            beta1=optim.beta1,
+            beta2=optim.beta2,
+            lr=lr,
+            weight_decay=optim.weight_decay if self.decays else 0.0,
+            eps=optim.eps,
+            maximize=False,
+        )
+        if m.dtype != wide_m.dtype:
+            m.copy_(wide_m)
+            v.copy_(wide_v)

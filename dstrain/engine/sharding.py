@@ -1,0 +1,259 @@
+"""ZeRO-1 (arXiv:1910.02054) in plain torch: `engine=torch`.
+
+Parameters are packed into flat buckets, in the order in which the backward pass finishes them. Each bucket belongs to
+one group of ranks that hold the same values: all data ranks for dense parameters, the expert-data ranks for experts.
+
+    backward   a gradient is added to its bucket in FP32; in the last micro-batch a complete bucket leaves at once for
+               the reduce-scatter, under the rest of the backward pass
+    reduce     the last buckets arrive; the norm of the whole gradient is one sum over all ranks, since every element is
+               owned by exactly one of them
+    step       each rank updates its share of every bucket and the shares are gathered again, under the update of the
+               next bucket and the start of the next forward pass: a module waits for its own bucket only
+
+Per parameter and step a rank sends 4 bytes of gradient (2 with grad_wire_dtype=bfloat16) and the bytes of the compute
+dtype, times (n - 1) / n.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dstrain.comm.collectives import AllGather, Peers, ReduceScatter, all_reduce_sum
+from dstrain.config.schema import Config
+from dstrain.engine.optimizer import AdamShard
+from dstrain.engine.state import FlatShard, Shards
+from dstrain.mesh.groups import Groups
+from dstrain.model.transformer import Transformer
+from dstrain.parallel.apply import LogicalParameter, logical_parameters
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter's place in a bucket."""
+
+    logical: LogicalParameter
+    start: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.logical.parameter.numel()
+
+
+def own_share(length: int, peers: Peers | None) -> slice:
+    """This rank's range of a flat tensor that the group divides equally."""
+    size, index = (peers.size, peers.index) if peers else (1, 0)
+    return slice(index * length // size, (index + 1) * length // size)
+
+
+@dataclass
+class Bucket:
+    """Parameters that are reduced, updated and gathered together."""
+
+    slots: list[Slot]
+    peers: Peers | None
+    # Flat parameters in the compute dtype; the parameters are views of it.
+    compute: Tensor
+    # Flat gradient sum of this rank, FP32.
+    grad: Tensor
+    adam: AdamShard
+    missing: int = 0
+    reducing: ReduceScatter | None = None
+    gathering: AllGather | None = None
+    # This rank's share of the reduced gradient, between reduce and step.
+    grad_share: Tensor | None = None
+
+    @property
+    def share(self) -> slice:
+        """This rank's range of the flat tensors."""
+        return own_share(len(self.compute), self.peers)
+
+    def pieces(self, share_tensor: Tensor) -> Iterator[tuple[str, FlatShard]]:
+        """Cuts a tensor laid out like this rank's share into the parts of logical tensors, by parameter name."""
+        own = self.share
+        for slot in self.slots:
+            first, last = max(slot.start, own.start), min(slot.end, own.stop)
+            if first < last:
+                local = share_tensor[first - own.start : last - own.start]
+                yield slot.logical.name, FlatShard(slot.logical.shape, slot.logical.offset + first - slot.start, local)
+
+    def refresh(self) -> None:
+        """Master weights into the compute dtype, then to the other ranks; `ready` waits."""
+        mine = self.compute[self.share]
+        if mine.data_ptr() != self.adam.master.data_ptr():
+            mine.copy_(self.adam.master)
+        if self.peers is not None:
+            self.gathering = AllGather.start(self.compute, self.peers, "param")
+
+    def ready(self) -> None:
+        """The parameters are those of the last update."""
+        if self.gathering is not None:
+            self.gathering.wait()
+            self.gathering = None
+
+
+@torch.no_grad()
+def make_bucket(
+    logicals: list[LogicalParameter], peers: Peers | None, compute_dtype: torch.dtype, moments_dtype: torch.dtype
+) -> Bucket:
+    """Moves the parameters into flat storage; `logicals` agree in everything but name and shape."""
+    starts, total = [], 0
+    for logical in logicals:
+        starts.append(total)
+        total += logical.parameter.numel()
+    ranks = peers.size if peers else 1
+    # Shares are whole multiples of 16 elements, so that every view stays aligned for vector loads.
+    padded = ceil(total / (16 * ranks)) * 16 * ranks
+    device = logicals[0].parameter.device
+    wide = torch.zeros(padded, dtype=torch.float32, device=device)
+    for logical, start in zip(logicals, starts, strict=True):
+        wide[start : start + logical.parameter.numel()] = logical.parameter.detach().flatten()
+    compute = wide.to(compute_dtype)
+    share = own_share(padded, peers)
+    # In FP32 the master weights are this rank's share of the compute parameters themselves.
+    master = compute[share] if compute_dtype == torch.float32 else wide[share].clone()
+    slots = [Slot(logical, start) for logical, start in zip(logicals, starts, strict=True)]
+    for slot in slots:
+        slot.logical.parameter.data = compute[slot.start : slot.end].view_as(slot.logical.parameter)
+    return Bucket(
+        slots, peers, compute, torch.zeros_like(wide), AdamShard.of(master, moments_dtype, logicals[0].decays)
+    )
+
+
+def _fill_buckets(logicals: list[LogicalParameter], limit_elements: int) -> Iterator[list[LogicalParameter]]:
+    """Runs of at most `limit_elements` elements, and at least one parameter."""
+    run: list[LogicalParameter] = []
+    for logical in logicals:
+        if run and sum(x.parameter.numel() for x in run) + logical.parameter.numel() > limit_elements:
+            yield run
+            run = []
+        run.append(logical)
+    if run:
+        yield run
+
+
+@dataclass
+class ShardedEngine:
+    """The `Engine` of engine/contract.py over buckets; see the top of this file."""
+
+    model: Transformer
+    config: Config
+    groups: Groups
+    updates: int = 0
+    buckets: list[Bucket] = field(default_factory=list)
+    _overlapping: bool = False
+    _started: int = 0
+    _norm: float | None = None
+
+    def __post_init__(self) -> None:
+        precision = self.config.precision
+        compute_dtype = getattr(torch, precision.compute_dtype)
+        kinds: dict[tuple[bool, bool, bool], list[LogicalParameter]] = {}
+        for logical in reversed(logical_parameters(self.model)):
+            kinds.setdefault((logical.is_expert, logical.decays, logical.keeps_fp32), []).append(logical)
+        for (is_expert, _, keeps_fp32), logicals in kinds.items():
+            peers = self.groups.expert_data if is_expert else self.groups.data
+            dtype = torch.float32 if keeps_fp32 else compute_dtype
+            for run in _fill_buckets(logicals, self.config.engine.bucket_mib * 2**20 // 4):
+                self.buckets.append(make_bucket(run, peers, dtype, getattr(torch, precision.moments_dtype)))
+        for bucket in self.buckets:
+            for slot in bucket.slots:
+                slot.logical.parameter.register_post_accumulate_grad_hook(partial(self._arrived, bucket, slot))
+        self._wait_before_use()
+
+    def _wait_before_use(self) -> None:
+        """Every part of the model waits, when it is first used, for the gather of its own parameters."""
+        bucket_of = {id(s.logical.parameter): bucket for bucket in self.buckets for s in bucket.slots}
+        for part in self.model.parts():
+            needed = {id(b): b for b in (bucket_of[id(p)] for p in part.parameters())}
+
+            def wait(module: nn.Module, args: Any, needed: list[Bucket] = list(needed.values())) -> None:
+                for bucket in needed:
+                    bucket.ready()
+
+            part.register_forward_pre_hook(wait)
+
+    @torch.no_grad()
+    def _arrived(self, bucket: Bucket, slot: Slot, parameter: Tensor) -> None:
+        if parameter.grad is None:
+            raise RuntimeError(f"{slot.logical.name} has no gradient though its hook ran")
+        bucket.grad[slot.start : slot.end] += parameter.grad.flatten()
+        parameter.grad = None
+        bucket.missing -= 1
+        if self._overlapping and bucket.missing == 0:
+            self._start_reductions(only_complete=True)
+
+    def _start_reductions(self, *, only_complete: bool) -> None:
+        """Starts buckets in their fixed order, which is the same on every rank."""
+        while self._started < len(self.buckets):
+            bucket = self.buckets[self._started]
+            if only_complete and bucket.missing > 0:
+                return
+            if bucket.peers is not None:
+                wire = getattr(torch, self.config.precision.grad_wire_dtype)
+                bucket.reducing = ReduceScatter.start(bucket.grad, bucket.peers, wire, "grad")
+            self._started += 1
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        for bucket in self.buckets:
+            bucket.missing = len(bucket.slots)
+        self._overlapping = last
+        loss.backward()
+        self._overlapping = False
+
+    @torch.no_grad()
+    def reduce(self) -> float:
+        self._start_reductions(only_complete=False)
+        squares = torch.zeros((), dtype=torch.float64, device=self.groups.place.device)
+        for bucket in self.buckets:
+            bucket.grad_share = bucket.reducing.wait() if bucket.reducing else bucket.grad
+            bucket.reducing = None
+            squares += torch.linalg.vector_norm(bucket.grad_share, dtype=torch.float64).square()
+        self._norm = all_reduce_sum(squares, self.groups.world).sqrt().item()
+        return self._norm
+
+    def gradients(self) -> Iterator[tuple[str, FlatShard]]:
+        for bucket in self.buckets:
+            if bucket.grad_share is None:
+                raise RuntimeError("gradients are there between reduce() and step() only")
+            yield from bucket.pieces(bucket.grad_share)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        if self._norm is None:
+            raise RuntimeError("step() without reduce()")
+        clip = self.config.optim.clip_norm
+        for bucket in self.buckets:
+            if bucket.grad_share is None:
+                raise RuntimeError("step() without reduce()")
+            if clip and self._norm > clip:
+                bucket.grad_share.mul_(clip / self._norm)
+            bucket.adam.update(bucket.grad_share, lr, self.updates, self.config.optim)
+            bucket.refresh()
+            bucket.grad_share = None
+            bucket.grad.zero_()
+        self.updates, self._started, self._norm = self.updates + 1, 0, None
+
+    def settle(self) -> None:
+        """Waits for every gather: before parameters are read other than through the model's forward pass."""
+        for bucket in self.buckets:
+            bucket.ready()
+
+    def state(self) -> Shards:
+        shards: Shards = {}
+        for bucket in self.buckets:
+            for kind in ("master", "exp_avg", "exp_avg_sq"):
+                pieces = bucket.pieces(getattr(bucket.adam, kind))
+                shards.update({f"{kind}/{name}": shard for name, shard in pieces})
+        return shards
+
+    @torch.no_grad()
+    def loaded(self, step: int) -> None:
+        self.updates = step
+        for bucket in self.buckets:
+            bucket.refresh()
+        self.settle()

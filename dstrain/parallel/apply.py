@@ -1,0 +1,76 @@
+"""Where model, mesh and dispatcher meet: the one fixed order in which a model is made parallel.
+
+build on no memory -> the rank's experts and its dispatcher -> memory -> initial weights -> recomputation
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dstrain.config.schema import Config
+from dstrain.dispatch.alltoall import AllToAllDispatcher
+from dstrain.dispatch.contract import Dispatcher
+from dstrain.dispatch.local import LocalDispatcher
+from dstrain.mesh.groups import Groups
+from dstrain.model.init import init_weights
+from dstrain.model.moe import Experts
+from dstrain.model.router import Router
+from dstrain.model.transformer import Transformer
+from dstrain.parallel.recompute import apply_recompute
+
+
+@dataclass(frozen=True)
+class LogicalParameter:
+    """A parameter under its layout-independent name, with the place of this rank's part in it."""
+
+    name: str
+    parameter: nn.Parameter
+    # Shape of the whole tensor, all experts included.
+    shape: tuple[int, ...]
+    # Where this rank's part begins in the flattened whole.
+    offset: int
+    # Spread over the expert-parallel group (replicated over expert-data ranks), or replicated over all data ranks.
+    is_expert: bool
+    # Whether weight decay applies: to the matrices that transform, not to embeddings, norms and their like.
+    decays: bool
+    # Kept in FP32 even where the others are cast to a narrower compute dtype.
+    keeps_fp32: bool
+
+
+def make_dispatcher(num_experts: int, groups: Groups) -> Dispatcher:
+    return LocalDispatcher(num_experts) if groups.ep is None else AllToAllDispatcher(num_experts, groups.ep)
+
+
+def build_model(config: Config, groups: Groups) -> Transformer:
+    """The model in FP32 on this rank's device, with initial weights that depend on train.seed only."""
+    held = groups.mesh.local_experts(config.model.num_experts, groups.coordinate.ep)
+    with torch.device("meta"):
+        model = Transformer(config.model, held, make_dispatcher(config.model.num_experts, groups))
+    model = model.to_empty(device=groups.place.device)
+    init_weights(model, config.train.seed)
+    apply_recompute(model, config.train.recompute)
+    return model
+
+
+def logical_parameters(model: Transformer) -> list[LogicalParameter]:
+    """Every parameter of this rank, in the order of the model."""
+    found = []
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            shape, offset = tuple(parameter.shape), 0
+            if isinstance(module, Experts):
+                offset = module.held.start * parameter[0].numel()
+                shape = (model.config.num_experts, *shape[1:])
+            found.append(
+                LogicalParameter(
+                    name=f"{prefix}.{name}",
+                    parameter=parameter,
+                    shape=shape,
+                    offset=offset,
+                    is_expert=isinstance(module, Experts),
+                    decays=parameter.dim() > 1 and not isinstance(module, nn.Embedding),
+                    keeps_fp32=isinstance(module, Router),
+                )
+            )
+    return found

@@ -1,0 +1,35 @@
+"""Recomputation by choice: what is named here is computed again in the backward pass instead of being kept.
+
+`norm`, `mla_up` and `swiglu` are DeepSeek-V3's choice (section 3.2.3): cheap to compute, large to keep. `attend` and
+`experts` are whole phases; `layer` is all of a layer, and repeats its communication.
+"""
+
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dstrain.model.attention import Attention
+from dstrain.model.layer import DenseLayer, MoELayer
+from dstrain.model.moe import Experts, SwiGLU
+from dstrain.model.transformer import Transformer
+
+# Name in train.recompute -> the methods that are wrapped.
+METHODS: dict[str, list[tuple[type[nn.Module], str]]] = {
+    "norm": [(nn.RMSNorm, "forward")],
+    "mla_up": [(Attention, "expand")],
+    "swiglu": [(SwiGLU, "forward")],
+    "attend": [(MoELayer, "attend"), (DenseLayer, "attention")],
+    "experts": [(Experts, "forward")],
+    "layer": [(MoELayer, "forward"), (DenseLayer, "forward")],
+}
+
+
+def apply_recompute(model: Transformer, names: tuple[str, ...]) -> None:
+    """Wraps the named methods of every module of `model`; the model draws no random numbers, so none are replayed."""
+    for name in names:
+        for kind, method in METHODS[name]:
+            for module in model.modules():
+                if isinstance(module, kind):
+                    again = partial(checkpoint, getattr(module, method), use_reentrant=False, preserve_rng_state=False)
+                    setattr(module, method, again)
