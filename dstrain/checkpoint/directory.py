@@ -54,6 +54,10 @@ class CheckpointDirectory:
         self.partial(step).rename(self.complete(step))
         sync_directory(self.path)
 
+    def abandon(self, step: int) -> None:
+        """Makes room again after a failure. What cannot be removed now, the next `begin` tries again, and complains."""
+        shutil.rmtree(self.partial(step), ignore_errors=True)
+
     def prune(self, newest: int, keep_last: int, keep_every_steps: int) -> None:
         """Removes all but `newest`, the last `keep_last` and the multiples of `keep_every_steps` (0: none)."""
         steps = self.steps()

@@ -3,7 +3,7 @@
 It is plain JSON, and its own checksum lies beside it, so nothing in a checkpoint has to be trusted before it is checked
 and nothing in it can be executed. Tensors are named and shaped as the run knows them, whatever the layout:
 
-    {"format": 1, "step": 100, "extra": {...},
+    {"format": 1, "dstrain": "0.1.0", "torch": "2.13.0", "step": 100, "extra": {...},
      "tensors": {"master/norm.weight": {"dtype": "float32", "shape": [256], "chunks": [
          {"offset": 0, "numel": 128, "file": "rank-00000.bin", "position": 0, "nbytes": 512, "crc32": 305419896}, ...
 
@@ -83,8 +83,8 @@ class Manifest:
             }
             for name, tensor in self.tensors.items()
         }
-        content = {"format": FORMAT, "step": self.step, "dstrain": _own_version(), "torch": torch.__version__}
-        content |= {"extra": self.extra, "tensors": tensors}
+        versions = {"format": FORMAT, "dstrain": _own_version(), "torch": torch.__version__}
+        content = {**versions, "step": self.step, "extra": self.extra, "tensors": tensors}
         data = json.dumps(content).encode()
         write_durably(directory / MANIFEST, data)
         write_durably(directory / CHECKSUM, f"{zlib.crc32(data):08x}\n".encode())

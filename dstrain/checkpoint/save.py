@@ -6,10 +6,9 @@ those of training. The main thread touches that group only after the second one 
 
 import json
 import warnings
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,10 +20,9 @@ from dstrain.checkpoint.directory import CheckpointDirectory
 from dstrain.checkpoint.manifest import DamageError, Manifest, SavedTensor
 from dstrain.checkpoint.planner import ShardLoadPlanner, ShardSavePlanner
 from dstrain.checkpoint.storage import ChunkReader, ChunkWriter, Retention
+from dstrain.comm.agreement import together
 from dstrain.engine.state import FlatShard, Shards
 from dstrain.errors import UserError
-
-Result = TypeVar("Result")
 
 
 class Checkpointer:
@@ -69,16 +67,19 @@ class Checkpointer:
         """The complete checkpoints that this rank sees, oldest first. A save under way is not among them."""
         return self.directory.steps()
 
-    def load(self, step: int, shards: Shards, optional_prefixes: tuple[str, ...] = ()) -> dict[str, Any]:
+    def load(
+        self, step: int, shards: Shards, optional_prefixes: tuple[str, ...] = (), *, verify: bool = True
+    ) -> dict[str, Any]:
         """Verifies the checkpoint, writes it into `shards[...].local` and returns what was saved as `extra`.
 
         The ranges may be cut differently from the saved ones, and the checkpoint may hold more tensors than `shards`.
         Floating dtypes are converted. A tensor whose name starts with an optional prefix keeps its value if the
-        checkpoint holds nothing under that prefix. Raises the same UserError on every rank, before anything is
-        written, if the checkpoint is absent, damaged, or of a differently shaped model.
+        checkpoint holds nothing under that prefix. Without `verify`, checksums are left alone, for a reader that has
+        verified them and then fetches one tensor after the other. Raises the same UserError on every rank, before
+        anything is written, if the checkpoint is absent, damaged, or of a differently shaped model.
         """
         self.finish()
-        manifest, present = self._together(lambda: self._inspect(step, shards, optional_prefixes))
+        manifest, present = together(lambda: self._inspect(step, shards, optional_prefixes, verify), self.group)
         reader = ChunkReader(self.directory.complete(step), manifest)
         try:
             state_dict_loader.load(
@@ -120,33 +121,21 @@ class Checkpointer:
         except CheckpointException as failure:
             # Every rank has stopped writing, and the room may be what is lacking.
             if self.rank == 0:
-                self.directory.sweep()
+                self.directory.abandon(step)
             raise _cause(failure) from failure
 
-    def _inspect(self, step: int, shards: Shards, optional_prefixes: tuple[str, ...]) -> tuple[Manifest, Shards]:
+    def _inspect(
+        self, step: int, shards: Shards, optional_prefixes: tuple[str, ...], verify: bool
+    ) -> tuple[Manifest, Shards]:
         path = self.directory.require(step)
         try:
             manifest = Manifest.read(path)
             present = _matching(manifest, shards, optional_prefixes, path)
-            manifest.verify(path, self.rank, self.world_size)
+            if verify:
+                manifest.verify(path, self.rank, self.world_size)
         except DamageError as finding:
             raise self.directory.damaged(step, str(finding)) from finding
         return manifest, present
-
-    def _together(self, action: Callable[[], Result]) -> Result:
-        """Runs `action` on every rank; if any meets a UserError, all raise that of the lowest rank."""
-        problems: list[str | None] = [None] * self.world_size
-        result = None
-        try:
-            result = action()
-        except UserError as error:
-            problems[self.rank] = str(error)
-        if self.group is not None:
-            dist.all_gather_object(problems, problems[self.rank], group=self.group)
-        for problem in problems:
-            if problem is not None:
-                raise UserError(problem)
-        return result  # type: ignore[return-value]
 
 
 def _matching(manifest: Manifest, shards: Shards, optional_prefixes: tuple[str, ...], path: Path) -> Shards:

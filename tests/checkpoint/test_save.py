@@ -117,6 +117,19 @@ def test_floating_dtypes_are_converted(tmp_path: Path) -> None:
     assert torch.equal(target.local, values[10:].bfloat16())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_state_on_a_gpu(tmp_path: Path) -> None:
+    saver, state = checkpointer(tmp_path), cut(tensors(seed=0), rank=0, world_size=1, seed=0)
+    on_gpu = {name: FlatShard(shard.shape, shard.offset, shard.local.cuda()) for name, shard in state.items()}
+    for step in (1, 2):
+        saver.save(step, on_gpu, {})
+    for shard in on_gpu.values():
+        shard.local.zero_()
+    saver.load(2, on_gpu)
+    assert differing(state, {n: FlatShard(s.shape, s.offset, s.local.cpu()) for n, s in on_gpu.items()}) == []
+
+
 def test_an_absent_step_names_those_that_exist(tmp_path: Path) -> None:
     saver = checkpointer(tmp_path / "none")
     assert saver.steps() == []
