@@ -221,8 +221,8 @@ class Corpus:
 class DataConfig:
     """Give either `path` or `blend`."""
 
-    # Text (.txt .md .py .rst ...), .jsonl, .parquet, a directory of these, a Hugging Face dataset on disk, or the prefix
-    # of a tokenised .bin/.idx pair.
+    # Text (.txt .md .py .rst ...), .jsonl, .parquet, a directory of these, a Hugging Face dataset on disk, or the
+    # prefix of a tokenised .bin/.idx pair.
     path: str | None = None
     blend: tuple[Corpus, ...] = ()
     # "bytes" (256 byte values and one end-of-document token) or the path of a `tokenizers` JSON file.
@@ -251,6 +251,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MetricsConfig:
+    """What is reported, and how often; metrics.jsonl gets a record every step."""
+
     # Steps between lines when the console is not a live display.
     console_every_steps: int = 10
     # Steps between records of the per-layer MoE figures in metrics.jsonl and W&B.
@@ -275,8 +277,10 @@ class HardwareConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    # Everything a run writes goes here.
-    dir: str = "runs/default"
+    """Where a run lives."""
+
+    # Everything a run writes goes here; "": runs/<date-time> for a new run.
+    dir: str = ""
 
 
 @dataclass(frozen=True)

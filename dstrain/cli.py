@@ -1,0 +1,124 @@
+"""The `dstrain` command: a name picks a task, everything after it goes to Hydra.
+
+    dstrain <command> [group=choice ...] [key=value ...] [flags]
+
+What a user can mend is printed as one message and ends with status 2; anything else keeps its traceback.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module, metadata
+from typing import Any
+
+from dstrain.errors import SharedError, UserError
+
+# Command: the module in dstrain.tasks, and what it does.
+COMMANDS = {
+    "train": ("pretrain", "train a model, from one process to many (under torchrun)"),
+    "verify": ("verify", "prove that a parallel layout computes what one process computes"),
+    "generate": ("generate", "continue a prompt with a trained model"),
+    "export": ("export", "write a checkpoint as a Hugging Face model directory"),
+    "import": ("import_", "start a run from a Hugging Face DeepSeek-V2/V3 directory"),
+    "tokenize": ("tokenize", "turn text into memory-mapped token files"),
+    "completion": ("", 'print shell completion: eval "$(dstrain completion bash)"'),
+}
+
+# Bash splits the line at "=" and ":", Hydra answers with whole words: what stands before the part that Bash replaces is
+# cut off each answer.
+BASH_COMPLETION = r"""_dstrain_completion() {
+    local line="${COMP_LINE:0:COMP_POINT}" word cut="" choice
+    word="${line##*[[:space:]]}"
+    [[ $COMP_WORDBREAKS == *=* && $word == *=* ]] && cut="${word%=*}="
+    COMPREPLY=()
+    while IFS= read -r choice; do
+        [[ -n $choice && $choice == "$word"* ]] && COMPREPLY+=("${choice#"$cut"}")
+    done < <(COMP_LINE="$line" "${COMP_WORDS[0]}" -sc query=bash 2>/dev/null | tr ' ' '\n')
+}
+complete -o nospace -o default -F _dstrain_completion dstrain
+"""
+
+
+def main() -> None:
+    """Runs the command line; never returns a value, a failure leaves through SystemExit."""
+    try:
+        dispatch(sys.argv[1:])
+    except UserError as error:
+        if not isinstance(error, SharedError) or os.environ.get("RANK", "0") == "0":
+            print(f"dstrain: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def dispatch(arguments: Sequence[str]) -> None:
+    """Runs `arguments`, the words after `dstrain`. Raises UserError for a mistake in them."""
+    command, *rest = arguments or ["--help"]
+    if command in ("-h", "--help", "help"):
+        print(usage())
+    elif command == "--version":
+        print(f"dstrain {installed_version()}")
+    elif command == "completion" or "install=bash" in arguments:
+        print_completion(rest)
+    elif command in ("-sc", "--shell-completion"):
+        complete(os.environ.get("COMP_LINE", ""))
+    elif command in COMMANDS:
+        run(command, rest)
+    else:
+        raise UserError(f"There is no command {command!r}. {_suggestion(command)}")
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    # Hydra takes a third of a second, which --help and --version need not wait for.
+    from dstrain.config import load
+
+    def task(config: Any) -> None:
+        import_module(f"dstrain.tasks.{COMMANDS[command][0]}").run(config)
+
+    load.run(command, arguments, task)
+
+
+def installed_version() -> str:
+    try:
+        return metadata.version("dstrain")
+    except metadata.PackageNotFoundError:
+        return "(a checkout that is not installed)"
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "dstrain <command> [group=choice ...] [key=value ...] [flags]",
+            "",
+            *lines,
+            "",
+            "`dstrain <command> --help` lists a command's groups, keys and flags; --cfg job shows the config,",
+            "--multirun sweeps. A first run: dstrain train +experiment=tiny_cpu data.path=<a text file>",
+        ]
+    )
+
+
+def print_completion(arguments: Sequence[str]) -> None:
+    if arguments and arguments[-1] not in ("bash", "install=bash"):
+        raise UserError(f"There is no completion for {arguments[-1]!r}. Bash is supported: dstrain completion bash.")
+    print(BASH_COMPLETION, end="")
+
+
+def complete(line: str) -> None:
+    """Prints what could follow `line`, the command line up to the cursor: commands, then whatever Hydra proposes."""
+    words = line.split()
+    if len(words) < 2 or (len(words) == 2 and not line.endswith(" ")):
+        print(" ".join(f"{name} " for name in COMMANDS))
+    elif words[1] in COMMANDS and words[1] != "completion":
+        # Hydra expects the overrides right after the name of the program.
+        os.environ["COMP_LINE"] = " ".join(["dstrain", *words[2:]]) + (" " if line.endswith(" ") else "")
+        run(words[1], ["-sc", "query=bash"])
+
+
+def _suggestion(command: str) -> str:
+    close = get_close_matches(command, COMMANDS, n=1)
+    meant = f"Did you mean `dstrain {close[0]}`? " if close else ""
+    return f"{meant}`dstrain --help` lists the commands."
