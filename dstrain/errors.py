@@ -7,8 +7,12 @@ class UserError(Exception):
     """Says what is wrong, with the value, the rule and the cure."""
 
 
-class ConfigError(UserError):
-    """A config value that breaks a rule."""
+class SharedError(UserError):
+    """Raised on every rank alike, so that one of them need print it."""
+
+
+class ConfigError(SharedError):
+    """A config value that breaks a rule; every rank reads the same config."""
 
     def __init__(self, field: str, value: Any, rule: str, cure: str):
         super().__init__(f"{field}={value}: {rule}. {cure}")

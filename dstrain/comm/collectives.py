@@ -144,12 +144,20 @@ def all_reduce_sum(x: Tensor, peers: Peers | None) -> Tensor:
     return x
 
 
+def all_reduce_max(x: Tensor, peers: Peers | None) -> Tensor:
+    """The largest of the group's values, in place; for a few scalars."""
+    if peers is not None:
+        with peers.trace.waiting():
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=peers.group)
+    return x
+
+
 @dataclass
 class ReduceScatter:
     """The sum over the group of each rank's share, added in FP32 in the order of the ranks.
 
-    An all-to-all and a local sum: the bytes of a ring reduce-scatter, a fixed order of addition, and a narrow wire dtype
-    without narrow additions (gloo's own reduce-scatter sends as much as an all-reduce).
+    An all-to-all and a local sum: the bytes of a ring reduce-scatter, a fixed order of addition, and a narrow wire
+    dtype without narrow additions (gloo's own reduce-scatter sends as much as an all-reduce).
     """
 
     peers: Peers

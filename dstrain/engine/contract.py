@@ -40,3 +40,7 @@ class Engine(Protocol):
     def loaded(self, step: int) -> None:
         """After a load wrote into `state()`: `step` updates have been made; refresh the compute parameters."""
         ...
+
+    def settle(self) -> None:
+        """Waits until the compute parameters can be read other than through the model's forward pass."""
+        ...

@@ -4,21 +4,23 @@ The global batch is rows [samples, samples + sequences) of the loader's endless 
 them. Losses are shares of the global batch (model/transformer.py), so adding up is all that ranks and micro-batches do.
 """
 
+import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
 
-from dstrain.comm.collectives import all_reduce_sum
+from dstrain.comm.collectives import Peers, all_reduce_max, all_reduce_sum
 from dstrain.comm.trace import CommTotals
 from dstrain.config.schema import Config
 from dstrain.dispatch.balance import update_bias
 from dstrain.engine.contract import Engine
 from dstrain.engine.recipe import batch_sequences, bias_update_rate, learning_rate, mtp_loss_weight
 from dstrain.engine.state import FlatShard, Progress, Shards
-from dstrain.errors import UserError
+from dstrain.errors import SharedError
 from dstrain.mesh.groups import Groups
 from dstrain.model.router import RouterReport
 from dstrain.model.transformer import StepLoss, Transformer
@@ -52,7 +54,10 @@ class StepReport:
     grad_norm: float
     tokens: int
     seconds: float
+    # This rank's waiting for the network.
     comm: CommTotals
+    # Peak of the rank that needs most: GPU memory, or resident memory of the process on a CPU.
+    memory_gib: float
     layers: list[LayerLoad]
     # Some rank was asked to stop (a signal).
     stop: bool
@@ -78,15 +83,40 @@ class _Sums:
         new = torch.stack([getattr(report, field) for report in reports]).double()
         return so_far + new if so_far.numel() else new
 
-    def over_ranks(self, groups: Groups, stop: bool) -> bool:
-        """Replaces the sums by those over all data ranks; whether any rank wants to stop."""
-        flag = self.parts_5.new_tensor([float(stop)])
-        flat = torch.cat((self.parts_5, self.entropy_L, self.load_LE.flatten(), flag))
-        all_reduce_sum(flat, groups.data)
-        sizes = (5, self.entropy_L.numel(), self.load_LE.numel(), 1)
-        self.parts_5, self.entropy_L, load, flag = flat.split(sizes)
+    def over_ranks(self, peers: Peers | None) -> None:
+        """Replaces the sums by those over all data ranks."""
+        flat = all_reduce_sum(torch.cat((self.parts_5, self.entropy_L, self.load_LE.flatten())), peers)
+        sizes = (5, self.entropy_L.numel(), self.load_LE.numel())
+        self.parts_5, self.entropy_L, load = flat.split(sizes)
         self.load_LE = load.view_as(self.load_LE)
-        return flag.item() > 0
+
+
+def rank_share(config: Config, groups: Groups, progress: Progress) -> list[tuple[int, int]]:
+    """(first sample, count) of each micro-batch that this rank takes of the next global batch."""
+    size, ranks = config.train.micro_batch, groups.mesh.data
+    own = batch_sequences(config.train, progress.tokens) // ranks
+    begin = progress.samples + own * groups.mesh.data_index(groups.place.rank)
+    return [(first, size) for first in range(begin, begin + own, size)]
+
+
+def after_step(config: Config, progress: Progress) -> Progress:
+    """Where the run stands after one more step."""
+    sequences = batch_sequences(config.train, progress.tokens)
+    tokens = progress.tokens + sequences * config.train.seq_len
+    return Progress(progress.step + 1, progress.samples + sequences, tokens)
+
+
+def rest_of_run(config: Config, groups: Groups, progress: Progress) -> Iterator[tuple[int, int]]:
+    """All micro-batches of this rank from `progress` to the last step: what a loader may prepare ahead."""
+    while progress.step < config.train.steps:
+        yield from rank_share(config, groups, progress)
+        progress = after_step(config, progress)
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 @dataclass
@@ -100,53 +130,59 @@ class Trainer:
     batches: Batches
     progress: Progress
 
-    def micro_batches(self, sequences: int) -> Iterator[tuple[int, int]]:
-        """(first sample, count) of this rank's micro-batches of the next global batch of `sequences`."""
-        size, ranks = self.config.train.micro_batch, self.groups.mesh.data
-        own = sequences // ranks
-        begin = self.progress.samples + own * self.groups.mesh.data_index(self.groups.place.rank)
-        yield from ((first, size) for first in range(begin, begin + own, size))
-
-    def accumulate(self) -> tuple[_Sums, int]:
-        """Forward and backward over this rank's part of the next batch; its sums and the global sequence count."""
+    def accumulate(self) -> _Sums:
+        """Forward and backward over this rank's part of the next batch."""
         sequences = batch_sequences(self.config.train, self.progress.tokens)
         weight = mtp_loss_weight(self.config, self.progress.tokens)
-        sums, todo = _Sums(self.groups.place.device), list(self.micro_batches(sequences))
+        sums, todo = _Sums(self.groups.place.device), rank_share(self.config, self.groups, self.progress)
         for n, (first, count) in enumerate(todo, start=1):
             tokens_BS = self.batches(first, count).to(self.groups.place.device, non_blocking=True)
             loss: StepLoss = self.model(tokens_BS, sequences, weight)
             self.engine.backward(loss.total, last=n == len(todo))
             sums.add(loss)
-        return sums, sequences
+        return sums
 
     def step(self, *, stop: bool = False) -> StepReport:
-        """One optimiser step. Raises UserError when loss or gradient are not finite, before anything is updated."""
+        """One optimiser step. Raises SharedError when loss or gradient are not finite, before anything is updated."""
         began = time.perf_counter()
-        sums, sequences = self.accumulate()
+        sums = self.accumulate()
         grad_norm = self.engine.reduce()
-        stop = sums.over_ranks(self.groups, stop)
-        tokens = sequences * self.config.train.seq_len
-        lr = learning_rate(self.config, self.progress.step, self.progress.tokens)
+        sums.over_ranks(self.groups.data)
+        worst = sums.parts_5.new_tensor([float(stop), _peak_memory_gib(self.groups.place.device)])
+        any_stop, memory_gib = all_reduce_max(worst, self.groups.world).tolist()
         main, mtp, balance, z, total = sums.parts_5.tolist()
-        if not torch.isfinite(torch.tensor((total, grad_norm))).all():
-            raise UserError(
-                f"step {self.progress.step + 1}: loss {total} and gradient norm {grad_norm} must be finite. "
-                "Nothing was updated; go on from the last checkpoint with a lower optim.lr or a longer optim.warmup_steps."
+        if not (isfinite(total) and isfinite(grad_norm)):
+            raise SharedError(
+                f"step {self.progress.step + 1}: loss {total} and gradient norm {grad_norm} must be finite. Nothing was "
+                "updated; go on from the last checkpoint with a lower optim.lr or a longer optim.warmup_steps."
             )
+        lr = learning_rate(self.config, self.progress.step, self.progress.tokens)
         self.engine.step(lr)
-        layers = self._balance(sums, tokens)
-        done = self.progress
-        self.progress = Progress(done.step + 1, done.samples + sequences, done.tokens + tokens)
+        before, self.progress = self.progress, after_step(self.config, self.progress)
+        tokens = self.progress.tokens - before.tokens
+        layers = self._balance(sums, tokens, bias_update_rate(self.config, before.tokens))
         if self.groups.place.device.type == "cuda":
             torch.cuda.synchronize()
         seconds, comm = time.perf_counter() - began, self.groups.trace.take()
         return StepReport(
-            self.progress, total, main, mtp, balance, z, lr, grad_norm, tokens, seconds, comm, layers, stop
+            self.progress,
+            loss=total,
+            loss_main=main,
+            loss_mtp=mtp,
+            loss_balance=balance,
+            loss_z=z,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens=tokens,
+            seconds=seconds,
+            comm=comm,
+            memory_gib=memory_gib,
+            layers=layers,
+            stop=any_stop > 0,
         )
 
-    def _balance(self, sums: _Sums, tokens: int) -> list[LayerLoad]:
+    def _balance(self, sums: _Sums, tokens: int, rate: float) -> list[LayerLoad]:
         """Moves the router biases against the load of the global batch, which every rank knows."""
-        rate = bias_update_rate(self.config, self.progress.tokens)
         layers = []
         for (name, router), entropy, load_E in zip(self.model.routers(), sums.entropy_L, sums.load_LE, strict=True):
             update_bias(router.bias, load_E, rate)

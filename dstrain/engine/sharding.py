@@ -136,6 +136,11 @@ def _fill_buckets(logicals: list[LogicalParameter], limit_elements: int) -> Iter
         yield run
 
 
+def _wait_for(buckets: list[Bucket], module: nn.Module, args: Any) -> None:
+    for bucket in buckets:
+        bucket.ready()
+
+
 @dataclass
 class ShardedEngine:
     """The `Engine` of engine/contract.py over buckets; see the top of this file."""
@@ -170,12 +175,7 @@ class ShardedEngine:
         bucket_of = {id(s.logical.parameter): bucket for bucket in self.buckets for s in bucket.slots}
         for part in self.model.parts():
             needed = {id(b): b for b in (bucket_of[id(p)] for p in part.parameters())}
-
-            def wait(module: nn.Module, args: Any, needed: list[Bucket] = list(needed.values())) -> None:
-                for bucket in needed:
-                    bucket.ready()
-
-            part.register_forward_pre_hook(wait)
+            part.register_forward_pre_hook(partial(_wait_for, list(needed.values())))
 
     @torch.no_grad()
     def _arrived(self, bucket: Bucket, slot: Slot, parameter: Tensor) -> None:

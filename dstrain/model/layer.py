@@ -51,8 +51,11 @@ class DenseLayer(DecoderLayer):
         self.mlp = FeedForward(model.hidden_size, model.intermediate_size)
 
     def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, None]:
-        x_BTD = self.attention(x_BTD, cos_TR, sin_TR)
-        return x_BTD + self.mlp(self.ffn_norm(x_BTD)), None
+        return self.feed_forward(self.attention(x_BTD, cos_TR, sin_TR)), None
+
+    def feed_forward(self, x_BTD: Tensor) -> Tensor:
+        """Everything after attention, residual included."""
+        return x_BTD + self.mlp(self.ffn_norm(x_BTD))
 
 
 class MoELayer(DecoderLayer):
@@ -62,7 +65,9 @@ class MoELayer(DecoderLayer):
         self.dispatcher = dispatcher
 
     def attend(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Attended:
-        x_BTD = self.attention(x_BTD, cos_TR, sin_TR)
+        return self.route(self.attention(x_BTD, cos_TR, sin_TR))
+
+    def route(self, x_BTD: Tensor) -> Attended:
         normed_BTD = self.ffn_norm(x_BTD)
         return Attended(x_BTD, normed_BTD, *self.moe.router(normed_BTD))
 
@@ -77,10 +82,18 @@ class MoELayer(DecoderLayer):
 
     def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, RouterReport]:
         attended = self.attend(x_BTD, cos_TR, sin_TR)
+        return self.exchange(attended), attended.report
+
+    def feed_forward(self, x_BTD: Tensor) -> Tensor:
+        """Everything after attention, residual included."""
+        return self.exchange(self.route(x_BTD))
+
+    def exchange(self, attended: Attended) -> Tensor:
+        """Dispatch, experts and combine, one after the other."""
         outbound = self.dispatch(attended)
         y_BTD = attended.x_BTD
         if self.moe.shared is not None:
             y_BTD = y_BTD + self.moe.shared(attended.normed_BTD)
         arrived = outbound.wait()
         homebound = self.combine(self.experts(arrived), arrived)
-        return y_BTD + homebound.wait().view_as(y_BTD), attended.report
+        return y_BTD + homebound.wait().view_as(y_BTD)

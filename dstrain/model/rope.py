@@ -32,24 +32,27 @@ def inverse_frequencies(dims: int, rope: RopeConfig) -> Tensor:
     return plain * (1 - stretched_share) + plain / rope.yarn_factor * stretched_share
 
 
-def _temperature(factor: float, mscale: float) -> float:
+def temperature(factor: float, mscale: float) -> float:
+    """YaRN's 0.1 m ln(s) + 1; 1 without extension, and for m = 0."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def softmax_scale(head_dim: int, rope: RopeConfig) -> float:
     """1/sqrt(head_dim), raised by YaRN's temperature."""
-    return head_dim**-0.5 * _temperature(rope.yarn_factor, rope.mscale_all_dim) ** 2
+    return head_dim**-0.5 * temperature(rope.yarn_factor, rope.mscale_all_dim) ** 2
 
 
 def rotation(positions_T: Tensor, dims: int, rope: RopeConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the positions, each FP32 [T, R/2] on the device of `positions_T`."""
-    gain = _temperature(rope.yarn_factor, rope.mscale) / _temperature(rope.yarn_factor, rope.mscale_all_dim)
+    gain = temperature(rope.yarn_factor, rope.mscale) / temperature(rope.yarn_factor, rope.mscale_all_dim)
     angles = positions_T.float()[:, None] * inverse_frequencies(dims, rope).to(positions_T.device)
     return angles.cos() * gain, angles.sin() * gain
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs of the last dimension; cos and sin must broadcast against x[..., ::2]. Keeps the dtype of x."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    """Turns the pairs of the last dimension, in FP32 or wider; cos and sin must broadcast against x[..., ::2]. Keeps the
+    dtype of x."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x.dtype)

@@ -1,7 +1,7 @@
 """The language model: embedding, decoder layers, head, and the loss of a training step.
 
-A sample carries T + 1 + depth tokens: T inputs, the next token of each as its target, and one more target for each depth
-of multi-token prediction, so that every position has every target and the number of targets is known beforehand.
+A sample carries T + 1 + depth tokens: T inputs, the next token of each as its target, and one more target for each
+depth of multi-token prediction, so that every position has every target and their number is known beforehand.
 
 Shapes: B sequences, T inputs of a sequence, S = T + 1 + MTP depth, D hidden, V vocabulary, L MoE layers, E experts.
 """
@@ -23,7 +23,7 @@ from dstrain.model.router import Router, RouterReport
 
 @dataclass(frozen=True)
 class StepLoss:
-    """The share of these sequences in the loss of the global batch: shares of all micro-batches and ranks add up to it."""
+    """The share of these sequences in the loss of the global batch: all micro-batches of all ranks add up to it."""
 
     # What to differentiate: main + weights * others.
     total: Tensor

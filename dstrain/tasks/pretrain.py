@@ -1,0 +1,246 @@
+"""`dstrain train`: from a config to a trained model, on one process or many.
+
+    connect -> run directory -> data -> model and engine -> resume -> steps, records, checkpoints
+
+Whatever can go wrong through no fault of the program raises the same UserError on every rank.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dstrain.checkpoint.save import Checkpointer
+from dstrain.comm.agreement import on_first, together
+from dstrain.config import load
+from dstrain.config.schema import Config
+from dstrain.data.loader import Loader
+from dstrain.engine.choose import make_engine
+from dstrain.engine.loop import StepReport, Trainer, rest_of_run
+from dstrain.engine.state import Progress
+from dstrain.errors import SharedError, UserError
+from dstrain.mesh.axes import Mesh
+from dstrain.mesh.groups import Groups, Place, connect, disconnect
+from dstrain.metrics.console import Console
+from dstrain.metrics.record import step_record
+from dstrain.metrics.run_directory import RunDirectory
+from dstrain.metrics.sinks import JsonlSink, Sink
+from dstrain.metrics.wandb import WandbSink
+from dstrain.parallel.apply import build_model
+from dstrain.plan.count import parameters
+
+# What a process that saved and stopped on request leaves with (EX_TEMPFAIL): "start me again".
+STOPPED = 75
+
+
+def run(config: Config) -> None:
+    """Trains to train.steps. Raises UserError for what a user can mend, SystemExit(75) after a requested stop."""
+    place = Place.from_environment()
+    groups = connect(Mesh(config.mesh.pp, config.mesh.dp or 1, config.mesh.ep), place)
+    with ExitStack() as stack:
+        stack.callback(disconnect)
+        directory = on_first(lambda: open_directory(config), groups.background)
+        stack.callback(directory.unlock)
+        _train(config, groups, directory, stack)
+
+
+def open_directory(config: Config) -> RunDirectory:
+    """Creates and locks the run directory; refuses to mix a new run with an earlier one."""
+    directory = RunDirectory(config.run.dir or load.default_run_dir(datetime.now()))
+    directory.create()
+    directory.lock()
+    if config.train.resume == "never" and directory.holds_run():
+        raise UserError(
+            f"run.dir={config.run.dir} holds an earlier run, and train.resume is never. "
+            "Go on with train.resume=auto, or choose another run.dir."
+        )
+    return directory
+
+
+def _train(config: Config, groups: Groups, directory: RunDirectory, stack: ExitStack) -> None:
+    is_first, group = groups.place.rank == 0, groups.background
+    loader = together(lambda: open_loader(config), group)
+    config = with_vocabulary(config, loader)
+    config = replace(config, run=replace(config.run, dir=str(directory.path)))
+    trainer = make_trainer(config, groups)
+    checkpoints = Checkpointer(
+        directory.checkpoints,
+        keep_last=config.checkpoint.keep_last,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+        group=group,
+    )
+    stack.callback(checkpoints.finish)
+    restore(trainer, checkpoints, config)
+    if is_first:
+        load.save(config, directory.config_yaml)
+        directory.write_environment(groups.place.world)
+    console = Console(config.train.steps, trainer.progress.step, config.metrics.console_every_steps)
+    sinks = open_sinks(config, directory, trainer.progress.step, console) if is_first else ()
+    for sink in sinks:
+        stack.callback(sink.close)
+    if is_first:
+        console.say(headline(config, groups, trainer, loader))
+    batches = stack.enter_context(PrefetchedBatches(loader, config, groups, trainer.progress))
+    trainer.batches = batches
+    run_steps(trainer, checkpoints, sinks)
+    if is_first:
+        console.say(f"{trainer.progress.step} steps done; everything is in {directory.path}")
+
+
+def open_loader(config: Config) -> Loader:
+    train, model = config.train, config.model
+    lookahead = 1 + model.mtp.depth
+    return Loader(config.data, seq_len=train.seq_len, lookahead=lookahead, seed=train.seed, vocab_size=model.vocab_size)
+
+
+def with_vocabulary(config: Config, loader: Loader) -> Config:
+    """model.vocab_size=None becomes the tokenizer's, rounded up to a multiple of 64."""
+    if config.model.vocab_size is not None:
+        return config
+    rounded = -(-loader.tokenizer.vocab_size // 64) * 64
+    return replace(config, model=replace(config.model, vocab_size=rounded))
+
+
+def _no_batches(first: int, count: int) -> Tensor:
+    raise RuntimeError("the trainer was given no batches")
+
+
+def make_trainer(config: Config, groups: Groups) -> Trainer:
+    """A trainer at step 0 with initial weights; `batches` is still to be set."""
+    model = build_model(config, groups)
+    engine = make_engine(model, config, groups)
+    return Trainer(config, groups, model, engine, _no_batches, Progress())
+
+
+def restore(trainer: Trainer, checkpoints: Checkpointer, config: Config) -> None:
+    """Continues from the newest checkpoint where train.resume asks for it, or takes weights from train.init_from."""
+    steps = on_first(checkpoints.steps, checkpoints.group)
+    if config.train.resume != "never" and steps:
+        # What `dstrain import` wrote has no moments yet.
+        optional = ("exp_avg/", "exp_avg_sq/") if steps[-1] == 0 else ()
+        extra = checkpoints.load(steps[-1], trainer.state(), optional)
+        trainer.progress = Progress(**extra["progress"])
+    elif config.train.resume == "must":
+        raise SharedError(
+            f"train.resume=must: {checkpoints.directory.path} holds no complete checkpoint. "
+            "Check run.dir, or start with train.resume=auto."
+        )
+    elif config.train.init_from is not None:
+        _initialise(trainer, Path(config.train.init_from) / "checkpoints", checkpoints)
+    trainer.engine.loaded(trainer.progress.step)
+
+
+def _initialise(trainer: Trainer, path: Path, checkpoints: Checkpointer) -> None:
+    source = Checkpointer(path, keep_last=1, keep_every_steps=0, group=checkpoints.group)
+    steps = on_first(source.steps, source.group)
+    if not steps:
+        rule = f"train.init_from={path.parent}: there is no complete checkpoint in {path}."
+        raise SharedError(f"{rule} Name a run directory that has one.")
+    weights = {name: shard for name, shard in trainer.state().items() if not name.startswith("exp_avg")}
+    source.load(steps[-1], weights)
+
+
+@dataclass
+class PrefetchedBatches:
+    """`Trainer.batches` with the loader working ahead along the run's own order."""
+
+    loader: Loader
+    config: Config
+    groups: Groups
+    progress: Progress
+
+    def __enter__(self) -> "PrefetchedBatches":
+        self._expected = rest_of_run(self.config, self.groups, self.progress)
+        plan = rest_of_run(self.config, self.groups, self.progress)
+        self._ready: Iterator[Tensor] = self.loader.prefetch(plan)
+        return self
+
+    def __call__(self, first: int, count: int) -> Tensor:
+        expected = next(self._expected)
+        if expected != (first, count):
+            raise RuntimeError(f"asked for samples {(first, count)}, but the order of the run has {expected} next")
+        return next(self._ready)
+
+    def __exit__(self, *error: Any) -> None:
+        self._ready.close()  # type: ignore[attr-defined]
+
+
+def open_sinks(config: Config, directory: RunDirectory, step: int, console: Console) -> tuple[Sink, ...]:
+    sinks: list[Sink] = [console, JsonlSink(directory.metrics_jsonl, resume_step=step)]
+    if config.metrics.wandb != "disabled":
+        sinks.append(WandbSink(directory, config.metrics.wandb, config.metrics.wandb_project, asdict(config)))
+    return tuple(sinks)
+
+
+def run_steps(trainer: Trainer, checkpoints: Checkpointer, sinks: tuple[Sink, ...]) -> None:
+    """Steps until the last one or a requested stop; either way the state is saved before this returns or raises."""
+    every, stop_request = trainer.config.checkpoint.every_steps, StopRequest()
+    saved_step = trainer.progress.step if trainer.progress.step in checkpoints.steps() else None
+    stopped = False
+    with stop_request:
+        while trainer.progress.step < trainer.config.train.steps and not stopped:
+            report = trainer.step(stop=stop_request.received)
+            log(report, trainer, sinks)
+            stopped = report.stop
+            if every and trainer.progress.step % every == 0:
+                saved_step = save(trainer, checkpoints)
+    if saved_step != trainer.progress.step:
+        save(trainer, checkpoints)
+    checkpoints.finish()
+    if stopped and trainer.progress.step < trainer.config.train.steps:
+        raise SystemExit(STOPPED)
+
+
+def log(report: StepReport, trainer: Trainer, sinks: tuple[Sink, ...]) -> None:
+    if sinks:
+        record = step_record(report, trainer.config, trainer.groups.place.world)
+        for sink in sinks:
+            sink.log(record)
+
+
+def save(trainer: Trainer, checkpoints: Checkpointer) -> int:
+    step = trainer.progress.step
+    checkpoints.save(step, trainer.state(), {"progress": asdict(trainer.progress)})
+    return step
+
+
+class StopRequest:
+    """SIGINT, SIGTERM and SIGUSR2 (Slurm's warning) ask for a checkpoint and an end; a second one ends at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        return self
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *error: Any) -> None:
+        self._restore()
+
+
+def headline(config: Config, groups: Groups, trainer: Trainer, loader: Loader) -> str:
+    """What is about to run, in two lines."""
+    mesh, total = groups.mesh, parameters(config.model).total
+    start = f"resuming after step {trainer.progress.step}" if trainer.progress.step else "starting"
+    device = torch.cuda.get_device_name() if groups.place.device.type == "cuda" else "CPU"
+    return (
+        f"{start}: {total / 1e6:,.1f}M parameters on {mesh.world} x {device} "
+        f"(pp {mesh.pp}, dp {mesh.dp}, ep {mesh.ep}), engine {config.engine.name}, {config.precision.compute_dtype}\n"
+        f"{loader.num_tokens / 1e6:,.1f}M tokens of text; run directory {config.run.dir}"
+    )
