@@ -30,13 +30,15 @@ class Console:
         self.total_steps, self.start_step, self.every_steps = total_steps, start_step, every_steps
         self._console = console or rich.console.Console(highlight=False)
         self._times = deque([(monotonic(), start_step)], maxlen=WINDOW + 1)
-        live = self._console.is_terminal and not self._console.is_dumb_terminal
-        self._display = Display(self._console, total_steps, start_step) if live else None
+        self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._display: Display | None = None
 
     def log(self, record: Record) -> None:
         step = int(record["step"] or 0)
         self._times.append((monotonic(), step))
-        if self._display is not None:
+        if self._is_live:
+            # Not before the first step: what prepares the run has displays of its own.
+            self._display = self._display or Display(self._console, self.total_steps)
             self._display.update(step, self._left(step), figures(record))
         elif step % self.every_steps == 0 or step in (self.start_step + 1, self.total_steps):
             width = len(str(self.total_steps))
@@ -63,12 +65,12 @@ class Console:
 class Display:
     """Two lines at the bottom of the terminal, redrawn by a thread: how far, and the figures of the last step."""
 
-    def __init__(self, console: rich.console.Console, total_steps: int, start_step: int):
+    def __init__(self, console: rich.console.Console, total_steps: int):
         self._progress = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]} left")
         )
-        self._task = self._progress.add_task("", total=total_steps, completed=start_step, left="-:--:--")
-        self._figures = Text("waiting for the first step", no_wrap=True, overflow="ellipsis")
+        self._task = self._progress.add_task("", total=total_steps, left="")
+        self._figures = Text(no_wrap=True, overflow="ellipsis")
         self._live = Live(Group(self._progress, self._figures), console=console)
         self._live.start()
 
