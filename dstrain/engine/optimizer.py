@@ -26,8 +26,8 @@ class AdamShard:
 
     @staticmethod
     def of(master: Tensor, moments_dtype: torch.dtype, decays: bool) -> "AdamShard":
-        moments = (torch.zeros_like(master, dtype=moments_dtype) for _ in range(2))
-        return AdamShard(master, *moments, decays=decays)
+        exp_avg = torch.zeros_like(master, dtype=moments_dtype)
+        return AdamShard(master, exp_avg, torch.zeros_like(exp_avg), decays)
 
     @torch.no_grad()
     def update(self, grad: Tensor, lr: float, updates_before: int, optim: OptimConfig) -> None:

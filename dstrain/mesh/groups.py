@@ -69,7 +69,10 @@ def connect(mesh: Mesh, place: Place, timeout_s: float = 600.0) -> Groups:
     def mine(rank_lists: list[list[int]]) -> Peers | None:
         if len(rank_lists[0]) == 1:
             return None
+        group: dist.ProcessGroup | None
         group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timeout, backend=backend)
+        if group is None:
+            raise RuntimeError(f"rank {place.rank} is in none of the groups {rank_lists}")
         return Peers(group, trace)
 
     return Groups(

@@ -1,4 +1,4 @@
-"""Multi-head Latent Attention (DeepSeek-V2, arXiv:2405.04434, section 2.1): keys and values pass through one narrow latent.
+"""Multi-head Latent Attention (DeepSeek-V2, arXiv:2405.04434, section 2.1): keys and values share one narrow latent.
 
     c = norm(W_kv_a x)[:C]                 the latent: all that a cache has to keep,
     r = rope((W_kv_a x)[C:])               together with one rotary key shared by all heads

@@ -45,22 +45,22 @@ def run(config: Config) -> None:
     groups = connect(Mesh(config.mesh.pp, config.mesh.dp or 1, config.mesh.ep), place)
     with ExitStack() as stack:
         stack.callback(disconnect)
-        directory = on_first(lambda: open_directory(config), groups.background)
+        run_dir = on_first(lambda: config.run.dir or load.default_run_dir(datetime.now()), groups.background)
+        directory = RunDirectory(run_dir)
+        on_first(lambda: claim(directory, config), groups.background)
         stack.callback(directory.unlock)
         _train(config, groups, directory, stack)
 
 
-def open_directory(config: Config) -> RunDirectory:
+def claim(directory: RunDirectory, config: Config) -> None:
     """Creates and locks the run directory; refuses to mix a new run with an earlier one."""
-    directory = RunDirectory(config.run.dir or load.default_run_dir(datetime.now()))
     directory.create()
     directory.lock()
     if config.train.resume == "never" and directory.holds_run():
         raise UserError(
-            f"run.dir={config.run.dir} holds an earlier run, and train.resume is never. "
+            f"run.dir={directory.path} holds an earlier run, and train.resume is never. "
             "Go on with train.resume=auto, or choose another run.dir."
         )
-    return directory
 
 
 def _train(config: Config, groups: Groups, directory: RunDirectory, stack: ExitStack) -> None:
