@@ -110,7 +110,9 @@ def check_model(model: ModelConfig) -> None:
 
 def check_batch(config: Config, world_size: int | None) -> None:
     train = config.train
-    _at_least(config, 1, "train.steps", "train.seq_len", "train.micro_batch")
+    # No steps at all: the initial or imported weights, saved.
+    _at_least(config, 0, "train.steps")
+    _at_least(config, 1, "train.seq_len", "train.micro_batch")
     if (train.sequences is None) == (train.batch_tokens is None):
         rule = "exactly one of train.sequences and train.batch_tokens says how large the global batch is"
         cure = "Give one of them and set the other to null."
@@ -202,10 +204,12 @@ def check_data(config: Config | TokenizeRoot) -> None:
 def check_same_run(saved: Config, config: Config) -> None:
     """Refuses to resume under a config that would make it another run; a vocabulary yet to be derived is no change."""
     differing = []
+    # An imported model has seen no data yet.
+    trained = saved.data.path is not None or saved.data.blend
     for name in keys(Config):
         before, now = attrgetter(name)(saved), attrgetter(name)(config)
         derived = name == "model.vocab_size" and None in (before, now)
-        if name.startswith(IDENTITY) and before != now and not derived:
+        if name.startswith(IDENTITY if trained else "model.") and before != now and not derived:
             differing.append(f"{name}={before}, not {now}")
     if differing:
         cure = "Drop what changes it, or start a new run in another run.dir (train.init_from takes the weights along)."
