@@ -19,7 +19,8 @@ fi
 
 title "Before training, the model goes on from \"$prompt\" like this"
 "$bin/python" -m dstrain train "${recipe[@]}" train.steps=0 run.dir="$here/untrained" >"$here/untrained.log"
-sample "$here/untrained"
+# Random bytes include those that a terminal obeys.
+sample "$here/untrained" | tr -d '\000-\010\013-\037'
 
 title "Training: 2 processes, each with half of the experts"
 "$bin/torchrun" --standalone --nproc-per-node 2 -m dstrain train "${recipe[@]}" mesh.ep=2 run.dir="$here/run"
@@ -29,10 +30,11 @@ sample "$here/run"
 
 title "Where everything is"
 cat <<END
-  $here/run/metrics.jsonl   the figures of every step
-  $here/run/config.yaml     the resolved config, environment.json beside it
-  $here/run/checkpoints     what \`dstrain generate\` and \`train.resume=auto\` read
-  .demo/corpus.jsonl                 the text
+  $here/run
+    metrics.jsonl          the figures of every step
+    config.yaml            the resolved config; environment.json has versions and commit
+    checkpoints/           what \`dstrain generate\` and \`train.resume=auto\` read
+  .demo/corpus.jsonl       the text
 
 What to try next
   source .venv/bin/activate
