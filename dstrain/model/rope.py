@@ -50,8 +50,10 @@ def rotation(positions_T: Tensor, dims: int, rope: RopeConfig) -> tuple[Tensor, 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs of the last dimension, in FP32 or wider; cos and sin must broadcast against x[..., ::2]. Keeps the
-    dtype of x."""
+    """Turns the pairs of the last dimension, in FP32 or wider; keeps the dtype of x.
+
+    cos and sin must broadcast against x[..., ::2].
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
