@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,7 +52,8 @@ class Loader:
         batch = torch.from_numpy(np.stack([self._sample(first + n) for n in range(count)]).astype(np.int64, copy=False))
         if batch.max() >= self.tokenizer.vocab_size or batch.min() < 0:
             raise UserError(
-                f"the corpus holds token {int(batch.max())}, but data.tokenizer has only {self.tokenizer.vocab_size}. "
+                f"the corpus holds token {int(batch.max() if batch.min() >= 0 else batch.min())}, "
+                f"but data.tokenizer has 0 to {self.tokenizer.vocab_size - 1}. "
                 f"Give the tokenizer that the token files were made with."
             )
         return batch
@@ -61,7 +62,7 @@ class Loader:
         corpus, own_position = blend(position, self._shares)
         return self._corpora[corpus].sample(own_position)
 
-    def prefetch(self, plan: Iterable[tuple[int, int]]) -> Iterator[Tensor]:
+    def prefetch(self, plan: Iterable[tuple[int, int]]) -> Generator[Tensor, None, None]:
         """`batch(first, count)` for each of `plan`, prepared up to `prefetch_batches` ahead in a background thread.
 
         An error in the thread is raised here in its turn. Closing the iterator ends the thread.

@@ -37,7 +37,8 @@ def derive_key(*parts: int) -> int:
 
 def permute(index: int, size: int, key: int) -> int:
     """Where `index` goes under the permutation of [0, size) that `key` stands for."""
-    bits = max(2, (size - 1).bit_length())
+    # Halves of one or two bits would favour some orders of a tiny corpus.
+    bits = max(6, (size - 1).bit_length())
     low_bits, high_bits = bits // 2, bits - bits // 2
     while True:
         index = _feistel(index, low_bits, high_bits, key)

@@ -1,5 +1,6 @@
 import math
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,25 +13,25 @@ TOKENS, LENGTHS, ENDS = [1, 2, 3, 4, 5, 6, 7, 65535], [2, 1, 3, 2], [True, False
 
 
 @pytest.fixture
-def prefix(tmp_path):
+def prefix(tmp_path: Path) -> Path:
     with TokenWriter(tmp_path / "c.v1", np.dtype(np.uint16)) as writer:
         writer.add(np.array(TOKENS[:3]), LENGTHS[:2], ENDS[:2])
         writer.add(np.array(TOKENS[3:]), LENGTHS[2:], ENDS[2:])
     return tmp_path / "c.v1"
 
 
-def test_roundtrip(prefix):
+def test_roundtrip(prefix: Path) -> None:
     file = TokenFile(prefix)
     assert file.tokens.tolist() == TOKENS
     assert [file.document(n).tolist() for n in range(3)] == [[1, 2], [3, 4, 5, 6], [7, 65535]]
     assert file.document_starts().tolist() == [0, 2, 6, 8]
-    assert (file.num_tokens, file.num_documents, file.dtype) == (8, 3, np.uint16)
+    assert (file.num_tokens, file.num_documents, file.dtype) == (8, 3, np.dtype(np.uint16))
     counts = file.token_counts()
     assert len(counts) == 65536
     assert np.flatnonzero(counts).tolist() == TOKENS
 
 
-def test_bytes_of_the_format(prefix):
+def test_bytes_of_the_format(prefix: Path) -> None:
     """Written out by hand from Megatron's description."""
     assert bin_path(prefix).read_bytes() == struct.pack("<8H", *TOKENS)
     assert idx_path(prefix).read_bytes() == (
@@ -43,7 +44,7 @@ def test_bytes_of_the_format(prefix):
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_megatron_reads_ours_and_we_read_megatrons(tmp_path, dtype):
+def test_megatron_reads_ours_and_we_read_megatrons(tmp_path: Path, dtype: type) -> None:
     megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
     import torch
 
@@ -65,25 +66,25 @@ def test_megatron_reads_ours_and_we_read_megatrons(tmp_path, dtype):
     assert TokenFile(tmp_path / "theirs").document(1).tolist() == [3, 4, 5, 6]
 
 
-def cut_file(path, size):
+def cut_file(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
 @pytest.mark.parametrize("size", [15, 14, 0])
-def test_truncated_tokens_are_detected(prefix, size):
+def test_truncated_tokens_are_detected(prefix: Path, size: int) -> None:
     cut_file(bin_path(prefix), size)
     with pytest.raises(UserError, match=f"bin has {size} bytes, its index says 16. Delete .* tokenise again"):
         TokenFile(prefix)
 
 
 @pytest.mark.parametrize("size", [112, 20, 9])
-def test_truncated_index_is_detected(prefix, size):
+def test_truncated_index_is_detected(prefix: Path, size: int) -> None:
     cut_file(idx_path(prefix), size)
     with pytest.raises(UserError, match=f"idx has {size} bytes, its header says"):
         TokenFile(prefix)
 
 
-def test_other_files_are_refused(prefix):
+def test_other_files_are_refused(prefix: Path) -> None:
     raw = idx_path(prefix).read_bytes()
     idx_path(prefix).write_bytes(raw[:17] + b"\x07" + raw[18:])
     with pytest.raises(UserError, match="dtype code 7"):
@@ -96,7 +97,7 @@ def test_other_files_are_refused(prefix):
         TokenFile(prefix)
 
 
-def test_unordered_documents_are_refused(prefix):
+def test_unordered_documents_are_refused(prefix: Path) -> None:
     raw = bytearray(idx_path(prefix).read_bytes())
     raw[34 + 16 : 34 + 24] = struct.pack("<q", 8)
     idx_path(prefix).write_bytes(raw)
@@ -104,7 +105,7 @@ def test_unordered_documents_are_refused(prefix):
         TokenFile(prefix).document_starts()
 
 
-def test_a_failed_writer_leaves_what_was_there(prefix):
+def test_a_failed_writer_leaves_what_was_there(prefix: Path) -> None:
     def fail() -> None:
         with TokenWriter(prefix, np.dtype(np.uint16)) as writer:
             writer.add(np.array([9]), [1], [True])
@@ -116,7 +117,7 @@ def test_a_failed_writer_leaves_what_was_there(prefix):
     assert sorted(path.name for path in prefix.parent.iterdir()) == ["c.v1.bin", "c.v1.idx"]
 
 
-def test_prefix_is_recognised_by_any_of_its_names(prefix, tmp_path):
+def test_prefix_is_recognised_by_any_of_its_names(prefix: Path, tmp_path: Path) -> None:
     assert token_prefix(prefix) == token_prefix(bin_path(prefix)) == token_prefix(idx_path(prefix)) == prefix
     assert token_prefix(tmp_path) is None
     (tmp_path / "text.txt").touch()
@@ -125,10 +126,10 @@ def test_prefix_is_recognised_by_any_of_its_names(prefix, tmp_path):
     assert token_prefix(prefix) == prefix
 
 
-def test_dtype_is_the_smallest_that_fits():
+def test_dtype_is_the_smallest_that_fits() -> None:
     assert [token_dtype(size) for size in (260, 65536, 65537)] == [np.uint16, np.uint16, np.int32]
 
 
-def test_entropy():
+def test_entropy() -> None:
     assert unigram_entropy(np.array([5, 5, 0, 5, 5])) == pytest.approx(math.log(4))
     assert unigram_entropy(np.array([3, 1])) == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))

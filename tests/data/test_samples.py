@@ -1,4 +1,5 @@
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ EOD, FIM = 256, FimTokens(257, 258, 259)
 
 
 @pytest.fixture
-def file(tmp_path):
+def file(tmp_path: Path) -> TokenFile:
     """60 documents of 1 to 40 random bytes, each with its end."""
     rng = np.random.default_rng(0)
     documents = [np.append(rng.integers(0, 256, rng.integers(1, 41)), EOD) for _ in range(60)]
@@ -21,17 +22,17 @@ def file(tmp_path):
     return TokenFile(tmp_path / "c")
 
 
-def split(stream):
+def split(stream: TokenStream) -> list[list[int]]:
     """The documents of a stream, ends left out."""
     tokens = stream.read(0, stream.length).tolist()
     assert tokens[-1] == EOD
-    documents = [[]]
+    documents: list[list[int]] = [[]]
     for token in tokens[:-1]:
         documents[-1].append(token) if token != EOD else documents.append([])
     return documents
 
 
-def undo_fim(document):
+def undo_fim(document: list[int]) -> list[int]:
     """prefix + middle + suffix of a document in the order prefix, suffix, middle."""
     hole, end = document.index(FIM.hole), document.index(FIM.end)
     assert document[0] == FIM.begin
@@ -39,7 +40,7 @@ def undo_fim(document):
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
-def test_fim_loses_nothing(file, rate):
+def test_fim_loses_nothing(file: TokenFile, rate: float) -> None:
     stream = TokenStream(file, FIM, rate, key=5)
     documents = split(stream)
     originals = [file.document(n)[:-1].tolist() for n in range(file.num_documents)]
@@ -49,7 +50,7 @@ def test_fim_loses_nothing(file, rate):
     assert {0.0: sum(changed) == 0, 0.3: 8 < sum(changed) < 30, 1.0: all(changed)}[rate]
 
 
-def test_fim_depends_on_key_and_cuts_differ(file):
+def test_fim_depends_on_key_and_cuts_differ(file: TokenFile) -> None:
     streams = [TokenStream(file, FIM, 0.5, key) for key in (1, 1, 2)]
     same, again, other = (stream.read(0, 500).tolist() for stream in streams)
     assert same == again != other
@@ -58,7 +59,7 @@ def test_fim_depends_on_key_and_cuts_differ(file):
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])
-def test_any_part_of_the_stream_reads_as_the_whole_does(file, rate):
+def test_any_part_of_the_stream_reads_as_the_whole_does(file: TokenFile, rate: float) -> None:
     stream = TokenStream(file, FIM, rate, key=3)
     whole = stream.read(0, stream.length)
     for start in range(0, stream.length, 7):
@@ -68,7 +69,7 @@ def test_any_part_of_the_stream_reads_as_the_whole_does(file, rate):
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.4])
-def test_an_epoch_trains_on_every_token_once(file, rate):
+def test_an_epoch_trains_on_every_token_once(file: TokenFile, rate: float) -> None:
     stream = TokenStream(file, FIM, rate, key=3)
     whole = stream.read(0, stream.length)
     corpus = Corpus(stream, seq_len=16, lookahead=2, key=9, name="c")
@@ -82,7 +83,7 @@ def test_an_epoch_trains_on_every_token_once(file, rate):
     assert orders[0] != orders[1] != list(range(corpus.num_windows))
 
 
-def test_smallest_corpus(file):
+def test_smallest_corpus(file: TokenFile) -> None:
     stream = TokenStream(file)
     corpus = Corpus(stream, seq_len=stream.length - 2, lookahead=2, key=0, name="c")
     assert corpus.sample(3).tolist() == stream.read(0, stream.length).tolist()

@@ -1,6 +1,7 @@
 import gzip
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,7 @@ from dstrain.data.source import read_documents
 from dstrain.errors import UserError
 
 
-def texts(path, text_key="text"):
+def texts(path: Path, text_key: str = "text") -> list[str]:
     """Documents put together again from their pieces."""
     documents, pending = [], ""
     for piece in read_documents(path, text_key):
@@ -21,14 +22,14 @@ def texts(path, text_key="text"):
     return documents
 
 
-def test_text_file_is_one_document(tmp_path):
+def test_text_file_is_one_document(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("eins\r\nzwei ä\n".encode())
     assert texts(path) == ["eins\r\nzwei ä\n"]
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 2, 7, 10, 1000])
-def test_long_text_streams_as_one_document(tmp_path, monkeypatch, piece_bytes):
+def test_long_text_streams_as_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int) -> None:
     monkeypatch.setattr(source, "PIECE_BYTES", piece_bytes)
     path = tmp_path / "a.txt"
     text = "".join(f"Zeile ä {n}\n" for n in range(20)) + "Ende"
@@ -40,7 +41,7 @@ def test_long_text_streams_as_one_document(tmp_path, monkeypatch, piece_bytes):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_jsonl(tmp_path, suffix):
+def test_jsonl(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     raw = b'{"text": "eins", "n": 1}\n\n{"n": 2, "text": "\\ud83d\\ude80"}'
     path.write_bytes(gzip.compress(raw) if suffix.endswith("gz") else raw)
@@ -48,7 +49,7 @@ def test_jsonl(tmp_path, suffix):
     assert sum(piece.read_bytes for piece in read_documents(path, "text")) == path.stat().st_size
 
 
-def test_directory_is_sorted_and_recursive_without_hidden_files(tmp_path):
+def test_directory_is_sorted_and_recursive_without_hidden_files(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.md", "a/.hidden", ".git/config", "__pycache__/x.pyc", "c.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -56,7 +57,7 @@ def test_directory_is_sorted_and_recursive_without_hidden_files(tmp_path):
     assert texts(tmp_path) == ["a/z.md", "b.txt", "c.py", "d"]
 
 
-def test_parquet(tmp_path):
+def test_parquet(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
@@ -67,7 +68,7 @@ def test_parquet(tmp_path):
         texts(path)
 
 
-def test_dataset_on_disk(tmp_path):
+def test_dataset_on_disk(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     train = datasets.Dataset.from_dict({"text": ["eins", "zwei"]})
     train.save_to_disk(tmp_path / "one")
@@ -79,7 +80,7 @@ def test_dataset_on_disk(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["pyarrow", "datasets"])
-def test_missing_extra_says_what_to_install(tmp_path, monkeypatch, module):
+def test_missing_extra_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     path = tmp_path / "a.parquet"
     path.write_bytes(b"x")
@@ -101,7 +102,7 @@ def test_missing_extra_says_what_to_install(tmp_path, monkeypatch, module):
         ('{"text": "\\ud800"}', "a.jsonl:2: 'text' holds half a surrogate pair"),
     ],
 )
-def test_bad_line_is_named(tmp_path, line, message):
+def test_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "good"}) + "\n" + line + "\n")
     with pytest.raises(UserError, match=message):
@@ -109,7 +110,7 @@ def test_bad_line_is_named(tmp_path, line, message):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_non_utf8_names_file_and_byte(tmp_path, monkeypatch, name):
+def test_non_utf8_names_file_and_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(source, "PIECE_BYTES", 4)
     path = tmp_path / name
     path.write_bytes(b'{"text": "eins"}\n{"text": "z\xe9"}\n')
@@ -117,7 +118,7 @@ def test_non_utf8_names_file_and_byte(tmp_path, monkeypatch, name):
         texts(path)
 
 
-def test_broken_containers_are_user_errors(tmp_path):
+def test_broken_containers_are_user_errors(tmp_path: Path) -> None:
     whole = gzip.compress(b'{"text": "eins"}\n' * 1000)
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-20])
     (tmp_path / "plain.jsonl.gz").write_bytes(b"no gzip")
@@ -130,7 +131,7 @@ def test_broken_containers_are_user_errors(tmp_path):
         texts(tmp_path / "a.parquet")
 
 
-def test_missing_and_empty_paths(tmp_path):
+def test_missing_and_empty_paths(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere does not exist"):
         texts(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no files"):

@@ -6,19 +6,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
 
 from dstrain.data import tokenize as tokenize_module
 from dstrain.data.indexed import TokenFile, bin_path, idx_path
-from dstrain.data.tokenize import cached_tokens, tokenize
+from dstrain.data.tokenize import Report, cached_tokens, tokenize
 from dstrain.data.tokenizer import load_tokenizer
 from dstrain.errors import UserError
 
 
 @pytest.fixture
-def corpus(tmp_path):
+def corpus(tmp_path: Path) -> Path:
     """300 documents, 3 MB in all: several batches; every 50th is empty."""
     path = tmp_path / "corpus.jsonl"
     words = "the cat sat on the mat and that was that "
@@ -28,7 +29,7 @@ def corpus(tmp_path):
     return path
 
 
-def test_output_does_not_depend_on_the_number_of_workers(corpus, tmp_path, bpe_file):
+def test_output_does_not_depend_on_the_number_of_workers(corpus: Path, tmp_path: Path, bpe_file: Path) -> None:
     for workers in (1, 2):
         report = tokenize(corpus, tmp_path / f"w{workers}", str(bpe_file), "text", workers)
     for path in (bin_path, idx_path):
@@ -41,7 +42,7 @@ def test_output_does_not_depend_on_the_number_of_workers(corpus, tmp_path, bpe_f
         assert tokenizer.decode(file.document(number).tolist()) == text
 
 
-def test_long_text_is_one_document_of_several_pieces(tmp_path, corpus):
+def test_long_text_is_one_document_of_several_pieces(tmp_path: Path, corpus: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_text("".join(f"{n} lines of text\n" for n in range(150_000)))
     tokenize(path, tmp_path / "long", "bytes", "text", workers=2)
@@ -51,7 +52,7 @@ def test_long_text_is_one_document_of_several_pieces(tmp_path, corpus):
     assert file.document(0)[-1] == 256
 
 
-def test_errors_reach_the_caller_and_leave_nothing(corpus, tmp_path):
+def test_errors_reach_the_caller_and_leave_nothing(corpus: Path, tmp_path: Path) -> None:
     with open(corpus, "a") as stream:
         stream.write("oops\n")
     (tmp_path / "out").mkdir()
@@ -63,11 +64,11 @@ def test_errors_reach_the_caller_and_leave_nothing(corpus, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_cache_follows_text_tokenizer_and_key(tmp_path, bpe_file):
+def test_cache_follows_text_tokenizer_and_key(tmp_path: Path, bpe_file: Path) -> None:
     path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
     path.write_text('{"text": "one", "other": "two"}\n')
 
-    def prefix(tokenizer="bytes", text_key="text"):
+    def prefix(tokenizer: str = "bytes", text_key: str = "text") -> Path:
         return cached_tokens(path, tokenizer, text_key, cache).prefix
 
     first = prefix()
@@ -82,18 +83,18 @@ def test_cache_follows_text_tokenizer_and_key(tmp_path, bpe_file):
     assert cached_tokens(first, "bytes", "text", cache).prefix == first
 
 
-def _open_cached(path: Path, cache: Path, barrier) -> None:
-    def count_and_tokenize(*args) -> None:
+def _open_cached(path: Path, cache: Path, barrier: Barrier) -> None:
+    def count_and_tokenize(path: Path, out: Path, tokenizer: str, text_key: str, workers: int | None = None) -> Report:
         (cache / f"made-by-{os.getpid()}").touch()
         time.sleep(0.5)
-        tokenize(*args)
+        return tokenize(path, out, tokenizer, text_key, workers)
 
     tokenize_module.tokenize = count_and_tokenize
     barrier.wait()
     assert cached_tokens(path, "bytes", "text", cache).num_documents == 294
 
 
-def test_processes_that_want_the_same_corpus_make_it_once(corpus, tmp_path):
+def test_processes_that_want_the_same_corpus_make_it_once(corpus: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(3)
     ranks = [context.Process(target=_open_cached, args=(corpus, tmp_path, barrier)) for _ in range(3)]
@@ -131,11 +132,11 @@ def _alive(pid: int) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_tokenisation_leaves_no_tokens_and_no_processes(tmp_path, bpe_file, how):
+def test_a_killed_run_leaves_no_tokens_and_no_processes(tmp_path: Path, bpe_file: Path, how: signal.Signals) -> None:
     script, out = tmp_path / "endless.py", tmp_path / "c"
     script.write_text(ENDLESS)
     root = str(Path(tokenize_module.__file__).parents[2])
-    command = [sys.executable, script, out, bpe_file]
+    command = [sys.executable, str(script), str(out), str(bpe_file)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": root})
     part = tmp_path / "c.bin.part"
     wait_until(lambda: part.exists() and part.stat().st_size > 0)

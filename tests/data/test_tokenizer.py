@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,14 +9,14 @@ from dstrain.errors import UserError
 TEXT = "Straße 北京 🚀 naïve\n\n  x = 1 <|endoftext|>"
 
 
-def test_bytes_roundtrip():
+def test_bytes_roundtrip() -> None:
     tokenizer = load_tokenizer("bytes")
     assert tokenizer.encode("aé") == [97, 0xC3, 0xA9] == tokenizer.encode_array("aé").tolist()
     assert tokenizer.decode([*tokenizer.encode(TEXT), tokenizer.eod]) == TEXT
     assert tokenizer.vocab_size == 1 + max(tokenizer.eod, *(tokenizer.fim or ()))
 
 
-def test_json_roundtrip_treats_special_tokens_in_text_as_text(bpe_file):
+def test_json_roundtrip_treats_special_tokens_in_text_as_text(bpe_file: Path) -> None:
     tokenizer = load_tokenizer(str(bpe_file))
     tokens = tokenizer.encode(TEXT)
     assert tokenizer.eod not in tokens
@@ -25,7 +26,7 @@ def test_json_roundtrip_treats_special_tokens_in_text_as_text(bpe_file):
     assert tokenizer.fim == FimTokens(1, 2, 3)
 
 
-def test_fingerprint_follows_content(bpe_file, tmp_path):
+def test_fingerprint_follows_content(bpe_file: Path, tmp_path: Path) -> None:
     changed = tmp_path / "changed.json"
     record = json.loads(bpe_file.read_text())
     record["model"]["merges"] = record["model"]["merges"][:-1]
@@ -35,7 +36,7 @@ def test_fingerprint_follows_content(bpe_file, tmp_path):
 
 
 @pytest.mark.parametrize("spec", ["bytes", "bpe"])
-def test_stream_prints_whole_characters_only(spec, bpe_file):
+def test_stream_prints_whole_characters_only(spec: str, bpe_file: Path) -> None:
     tokenizer = load_tokenizer("bytes" if spec == "bytes" else str(bpe_file))
     decoder = StreamDecoder(tokenizer)
     parts = [decoder.push(token) for token in tokenizer.encode(TEXT)]
@@ -45,18 +46,18 @@ def test_stream_prints_whole_characters_only(spec, bpe_file):
     assert len([part for part in parts if part]) > 10
 
 
-def test_stream_flush_shows_an_incomplete_character():
+def test_stream_flush_shows_an_incomplete_character() -> None:
     decoder = StreamDecoder(ByteTokenizer())
     assert [decoder.push(token) for token in b"a\xc3"] == ["a", ""]
     assert decoder.flush() == "\ufffd"
 
 
-def test_stream_goes_on_after_invalid_bytes():
+def test_stream_goes_on_after_invalid_bytes() -> None:
     decoder = StreamDecoder(ByteTokenizer())
     assert "".join(decoder.push(token) for token in b"\xff\xffab") == "\ufffd\ufffdab"
 
 
-def test_missing_eod_is_named(tmp_path):
+def test_missing_eod_is_named(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
 
     path = tmp_path / "t.json"
@@ -67,7 +68,7 @@ def test_missing_eod_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "no json", "{}"])
-def test_unreadable_file_is_a_user_error(tmp_path, content):
+def test_unreadable_file_is_a_user_error(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "t.json"
     if content is not None:
         path.write_text(content)
