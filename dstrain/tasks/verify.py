@@ -1,0 +1,232 @@
+"""`dstrain verify`: does a layout compute what one process computes?
+
+The same global batches go through one process with the plain engine (whole gradients, torch's own AdamW) and through
+the asked layout, engine and dispatcher, as real gloo processes on this machine, everything in FP32. Compared are the
+loss and the gradient norm of every step, every gradient of the first step, and every parameter after the last one:
+
+    relative error of a tensor = max |layout - one process| / max |one process|
+
+Gradients are compared before the first update because there both sides hold the same weights bit by bit.
+"""
+
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import inf, prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch import multiprocessing as mp
+
+from dstrain.config.schema import Config, MeshConfig, PrecisionConfig, VerifyRoot
+from dstrain.engine.choose import make_engine
+from dstrain.engine.loop import Batches, Trainer
+from dstrain.engine.plain import PlainEngine
+from dstrain.engine.state import FlatShard, Progress
+from dstrain.errors import UserError
+from dstrain.mesh.axes import Mesh
+from dstrain.mesh.groups import Groups, Place, connect, disconnect
+from dstrain.parallel.apply import build_model
+from dstrain.tasks.pretrain import open_loader
+
+# Vocabulary of the random tokens that stand in for text when none is given.
+RANDOM_TOKENS = 256
+# Rows of the table for gradients and for parameters.
+WORST = 8
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a tensor, or a list of scalars, is from the reference."""
+
+    what: str
+    name: str
+    error: float
+
+
+def run(config: VerifyRoot) -> None:
+    """Prints the table; SystemExit(1) on a mismatch, UserError if a run failed or hung."""
+    config = prepare(config)
+    mesh = Mesh(config.mesh.pp, config.mesh.dp or 1, config.mesh.ep)
+    with tempfile.TemporaryDirectory(prefix="dstrain-verify-") as folder:
+        reference_config = replace(config, mesh=MeshConfig(pp=1, ep=1, dp=1))
+        reference = run_processes(_reference, reference_config, Mesh(), Path(folder, "one"))
+        layout = run_processes(_layout, config, mesh, Path(folder, "layout"))
+    differences = compare(reference, layout)
+    failed = print_table(differences, config, mesh)
+    if failed:
+        raise SystemExit(1)
+
+
+def prepare(config: VerifyRoot) -> VerifyRoot:
+    """FP32 throughout and a vocabulary for random tokens; the rest is as asked."""
+    config = replace(config, precision=PrecisionConfig("float32", "float32", "float32"))
+    if config.data.path is None and not config.data.blend and config.model.vocab_size is None:
+        config = replace(config, model=replace(config.model, vocab_size=RANDOM_TOKENS))
+    return config
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+def run_processes(worker: Callable[..., None], config: VerifyRoot, mesh: Mesh, folder: Path) -> dict[str, Any]:
+    """Runs `worker` on every rank of `mesh` and puts together what the ranks wrote."""
+    folder.mkdir()
+    context = mp.spawn(worker, (config, mesh, _free_port(), str(folder)), nprocs=mesh.world, join=False)
+    deadline = time.monotonic() + config.verify.timeout_s
+    try:
+        while not context.join(timeout=1.0):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"verify.timeout_s={config.verify.timeout_s}: {mesh.world} processes have not finished by then. "
+                    "Give a smaller model or fewer steps, or raise it if the machine is slow."
+                )
+    except mp.ProcessRaisedException as error:
+        raise UserError(f"a process of {mesh} failed:\n{error}") from error
+    finally:
+        for process in context.processes:
+            process.kill()
+    return assemble([torch.load(path, weights_only=True) for path in sorted(folder.glob("rank-*.pt"))])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _reference(rank: int, config: VerifyRoot, mesh: Mesh, port: int, folder: str) -> None:
+    groups = _join(rank, mesh, port)
+    model = build_model(config, groups)
+    _steps(Trainer(config, groups, model, PlainEngine(model, config.optim), batches(config), Progress()), folder)
+
+
+def _layout(rank: int, config: VerifyRoot, mesh: Mesh, port: int, folder: str) -> None:
+    groups = _join(rank, mesh, port)
+    model = build_model(config, groups)
+    _steps(Trainer(config, groups, model, make_engine(model, config, groups), batches(config), Progress()), folder)
+    disconnect()
+
+
+def _join(rank: int, mesh: Mesh, port: int) -> Groups:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(mesh.world)}
+    if Path("/sys/class/net/lo").exists():
+        # The host name of a container may not resolve; everything is on this machine.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.world))
+    return connect(mesh, Place(rank, mesh.world, torch.device("cpu")))
+
+
+def batches(config: Config) -> Batches:
+    """The loader's samples, or random tokens that depend on the sample's position only."""
+    if config.data.path is not None or config.data.blend:
+        return open_loader(config).batch
+
+    def random(first: int, count: int) -> Tensor:
+        length = config.train.seq_len + 1 + config.model.mtp.depth
+        high = min(config.model.vocab_size or RANDOM_TOKENS, RANDOM_TOKENS)
+        seeds = [(config.train.seed << 32) + sample for sample in range(first, first + count)]
+        return torch.stack([torch.randint(high, (length,), generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+    return random
+
+
+def _steps(trainer: Trainer, folder: str) -> None:
+    """Runs the steps and writes this rank's losses, first gradients and last parameters."""
+    grads: dict[str, tuple[Any, ...]] = {}
+    engine, losses, norms = trainer.engine, [], []
+    reduce = engine.reduce
+
+    def reduce_and_keep() -> float:
+        norm = reduce()
+        if not grads:
+            grads.update({name: _packed(shard) for name, shard in engine.gradients()})
+        return norm
+
+    engine.reduce = reduce_and_keep  # type: ignore[method-assign]
+    for _ in range(trainer.config.verify.steps):  # type: ignore[attr-defined]
+        report = trainer.step()
+        losses.append(report.loss)
+        norms.append(report.grad_norm)
+    state = {name: _packed(shard) for name, shard in trainer.state().items()}
+    state = {name.partition("/")[2]: shard for name, shard in state.items() if not name.startswith("exp_avg")}
+    result = {"losses": losses, "norms": norms, "grads": grads, "parameters": state}
+    torch.save(result, Path(folder, f"rank-{trainer.groups.place.rank:05d}.pt"))
+
+
+def _packed(shard: FlatShard) -> tuple[Any, ...]:
+    return shard.shape, shard.offset, shard.local.detach().float().clone()
+
+
+# -- comparison -------------------------------------------------------------------------------------------------------
+
+
+def assemble(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Whole tensors from the ranges of all ranks, with the scalars of the first."""
+    whole = {kind: _joined([rank[kind] for rank in ranks]) for kind in ("grads", "parameters")}
+    return {"losses": ranks[0]["losses"], "norms": ranks[0]["norms"]} | whole
+
+
+def _joined(ranks: list[dict[str, tuple[Any, ...]]]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for rank in ranks:
+        for name, (shape, offset, local) in rank.items():
+            flat = tensors.setdefault(name, torch.full((prod(shape),), torch.nan))
+            flat[offset : offset + local.numel()] = local
+    return tensors
+
+
+def compare(reference: dict[str, Any], layout: dict[str, Any]) -> list[Difference]:
+    """Every difference, worst first within its kind. What one side lacks, if only in part, is infinitely off."""
+    found = [
+        Difference("loss", "of any step", _error(_scalars(layout["losses"]), _scalars(reference["losses"]))),
+        Difference("gradient norm", "of any step", _error(_scalars(layout["norms"]), _scalars(reference["norms"]))),
+    ]
+    for what, kind in (("gradient", "grads"), ("parameter", "parameters")):
+        ours, theirs = layout[kind], reference[kind]
+        rows = [
+            Difference(what, name, _error(ours[name], theirs[name]) if name in ours and name in theirs else inf)
+            for name in sorted({*ours, *theirs})
+        ]
+        found += sorted(rows, key=lambda row: -row.error)
+    return found
+
+
+def _scalars(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _error(ours: Tensor, reference: Tensor) -> float:
+    if ours.shape != reference.shape:
+        return inf
+    gap = (ours.double() - reference.double()).abs().max().item()
+    scale = reference.double().abs().max().item()
+    if gap == 0:
+        return 0.0
+    return gap / scale if gap == gap and scale > 0 else inf
+
+
+def print_table(differences: list[Difference], config: VerifyRoot, mesh: Mesh) -> bool:
+    """The worst rows of each kind, and a verdict; whether anything was off."""
+    tolerance, console = config.verify.tolerance, Console(highlight=False)
+    table = Table("", "relative error", f"at most {tolerance:.0e}", "tensor")
+    for what in ("loss", "gradient norm", "gradient", "parameter"):
+        rows = [row for row in differences if row.what == what]
+        for row in rows[:WORST]:
+            table.add_row(what, f"{row.error:.1e}", "yes" if row.error <= tolerance else "NO", row.name)
+        if len(rows) > WORST:
+            table.add_row(what, f"<= {rows[WORST].error:.1e}", "", f"{len(rows) - WORST} others", end_section=True)
+    failed = [row for row in differences if not row.error <= tolerance]
+    console.print(table)
+    layout = f"pp={mesh.pp} ep={mesh.ep} dp={mesh.dp} ({mesh.world} processes), engine {config.engine.name}"
+    verdict = f"DIFFERS in {len(failed)} of {len(differences)} figures from" if failed else "computes the same as"
+    console.print(f"{layout}: {verdict} one process, {config.verify.steps} steps in FP32.")
+    return bool(failed)
