@@ -33,7 +33,9 @@ BASH_COMPLETION = r"""_dstrain_completion() {
     [[ $COMP_WORDBREAKS == *=* && $word == *=* ]] && cut="${word%=*}="
     COMPREPLY=()
     while IFS= read -r choice; do
-        [[ -n $choice && $choice == "$word"* ]] && COMPREPLY+=("${choice#"$cut"}")
+        [[ -n $choice && $choice == "$word"* ]] || continue
+        [[ $choice == *[=./] || -d ${choice#*=} ]] || choice+=" "
+        COMPREPLY+=("${choice#"$cut"}")
     done < <(COMP_LINE="$line" "${COMP_WORDS[0]}" -sc query=bash 2>/dev/null | tr ' ' '\n')
 }
 complete -o nospace -o default -F _dstrain_completion dstrain
@@ -111,7 +113,7 @@ def complete(line: str) -> None:
     """Prints what could follow `line`, the command line up to the cursor: commands, then whatever Hydra proposes."""
     words = line.split()
     if len(words) < 2 or (len(words) == 2 and not line.endswith(" ")):
-        print(" ".join(f"{name} " for name in COMMANDS))
+        print(*COMMANDS)
     elif words[1] in COMMANDS and words[1] != "completion":
         # Hydra expects the overrides right after the name of the program.
         os.environ["COMP_LINE"] = " ".join(["dstrain", *words[2:]]) + (" " if line.endswith(" ") else "")

@@ -7,6 +7,7 @@ import inspect
 import re
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
 
 _FIELD = re.compile(r"    (\w+): (.+?) = (.+)")
@@ -36,6 +37,7 @@ class Key:
         return "must be " + " or ".join(words[part] for part in self.type.split(" | "))
 
 
+@cache
 def keys(schema: type, prefix: str = "") -> dict[str, Key]:
     """All leaves below a dataclass, by dotted name, in the order of the file."""
     comments, hints = _comments(schema), get_type_hints(schema)
@@ -49,6 +51,7 @@ def keys(schema: type, prefix: str = "") -> dict[str, Key]:
     return found
 
 
+@cache
 def sections(schema: type, prefix: str = "") -> dict[str, str]:
     """The first line of the docstring of every inner node, by dotted name."""
     found = {}

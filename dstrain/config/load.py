@@ -29,7 +29,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from dstrain.config import check
 from dstrain.config.keys import Key, is_node, keys, nearest, sections
@@ -192,7 +192,8 @@ def _register(command: str, saved: Config | None) -> None:
     """Makes the schema, the saved config and the help text known to Hydra, under the names that conf/ lists."""
     store, schema = ConfigStore.instance(), SCHEMAS[command]
     store.store(name=f"{command}_schema", node=_typed(schema))
-    store.store(name="saved_run", node=_typed(saved or Config))
+    if saved:
+        store.store(name="saved_run", node=_typed(saved))
     store.store(group="hydra/help", name="dstrain", node={"app_name": "dstrain", "template": _help(command, schema)})
 
 
@@ -292,7 +293,7 @@ def _explain_value(
     where = where or (found[1] if found else "")
     source = f" (in {where})" if where else ""
     shown = re.search(r"[Vv]alue:? '?(.*?)'?(?: of type .*|$)", message)
-    value = _values(arguments).get(name, shown[1] if shown else "")
+    value = _values(arguments).get(name, shown[1] if shown else "...")
     prefix = _element_of(cause.object_type, schema)
     kind: Any = cause.object_type if prefix else schema
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):

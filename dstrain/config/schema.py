@@ -181,7 +181,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class LrPhase:
-    """A stretch of the learning rate after warm-up, from the rate before it to `lr_end`."""
+    """A stretch of the learning rate, from the rate before it to `lr_end`; the first one includes the warm-up."""
 
     # constant (jumps to lr_end at its start) | linear | cosine
     shape: str = "cosine"
