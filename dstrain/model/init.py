@@ -14,7 +14,8 @@ from dstrain.model.transformer import Transformer
 
 
 def _fill(tensor: Tensor, name: str, seed: int, std: float) -> None:
-    generator = torch.Generator(tensor.device).manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    # On a CPU only the low 32 bits of a generator's seed count, so seed and name have to share them.
+    generator = torch.Generator(tensor.device).manual_seed(zlib.crc32(name.encode(), seed))
     tensor.normal_(0.0, std, generator=generator)
 
 

@@ -1,8 +1,8 @@
-"""`dstrain export`: a checkpoint of a run as a Hugging Face model directory, written tensor by tensor."""
+"""`dstrain export`: a checkpoint of a run as a Hugging Face model directory, written layer by layer."""
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -33,33 +33,33 @@ def run(config: ExportRoot) -> None:
     fields = to_json(run_config.model, run_config.train.seq_len, eod, config.dtype)
     # Verifies every byte, once.
     checkpointer.load(step, {})
-    tensors, read = logical_tensors(run_config.model), _reader(checkpointer, step)
-    _check_biases(tensors, read)
-    out = Path(config.out)
-    with complete_or_absent("out", out) as directory:
+    tensors = logical_tensors(run_config.model)
+    _check_biases([tensor for tensor in tensors if tensor.is_bias and not tensor.parts], checkpointer, step)
+    with complete_or_absent("out", Path(config.out)) as directory:
         (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
         write_tokenizer(run_config.data.tokenizer, directory)
         writer = WeightWriter(directory, config.shard_gib * GIB)
+        layers = [list(layer) for _, layer in groupby(tensors, key=lambda tensor: tensor.name.split(".")[:2])]
         progress = Console(stderr=True)
-        for tensor in track(tensors, "exporting", console=progress, disable=not sys.stderr.isatty(), transient=True):
-            _write(tensor, read(tensor), writer, config.dtype)
+        for layer in track(layers, "exporting", console=progress, disable=not sys.stderr.isatty(), transient=True):
+            for tensor, whole in zip(layer, _read(layer, checkpointer, step), strict=True):
+                _write(tensor, whole, writer, config.dtype)
         writer.finish()
-    print(f"{out}: step {step} of {config.run.dir} as {fields['architectures'][0]}, {config.dtype}")
+    print(f"{config.out}: step {step} of {config.run.dir} as {fields['architectures'][0]}, {config.dtype}")
 
 
-def _reader(checkpointer: Checkpointer, step: int) -> Callable[[LogicalTensor], Tensor]:
-    def read(tensor: LogicalTensor) -> Tensor:
-        whole = torch.empty(tensor.shape)
-        checkpointer.load(step, {tensor.key: FlatShard(tensor.shape, 0, whole.view(-1))}, verify=False)
-        return whole
+def _read(tensors: list[LogicalTensor], checkpointer: Checkpointer, step: int) -> list[Tensor]:
+    wholes = [torch.empty(tensor.shape) for tensor in tensors]
+    named = zip(tensors, wholes, strict=True)
+    shards = {tensor.key: FlatShard(tensor.shape, 0, whole.view(-1)) for tensor, whole in named}
+    checkpointer.load(step, shards, verify=False)
+    return wholes
 
-    return read
 
-
-def _check_biases(tensors: Iterable[LogicalTensor], read: Callable[[LogicalTensor], Tensor]) -> None:
+def _check_biases(tensors: list[LogicalTensor], checkpointer: Checkpointer, step: int) -> None:
     """Refuses balancing biases that steer the routing but have no place on the disk."""
-    for tensor in tensors:
-        if tensor.is_bias and not tensor.parts and read(tensor).any():
+    for tensor, bias in zip(tensors, _read(tensors, checkpointer, step), strict=True):
+        if bias.any():
             raise UserError(
                 f"{tensor.name} is not zero, and a Hugging Face model with softmax scores (DeepSeek-V2) has no "
                 "balancing bias. Only runs with model.router.bias_update_rate=0 can be exported."

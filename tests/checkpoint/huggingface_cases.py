@@ -31,9 +31,7 @@ V3 = ModelConfig(
     init_std=0.1,
 )
 LIMITED = RouterConfig(num_groups=4, groups_per_token=2, scaling_factor=2.5)
-V2 = replace(
-    V3, router=RouterConfig(score="softmax", group_score="max", normalize_weights=False, bias_update_rate=0.0)
-)
+V2 = replace(V3, router=RouterConfig(score="softmax", group_score="max", normalize_weights=False, bias_update_rate=0.0))
 V2_LIMITED = replace(V2.router, num_groups=4, groups_per_token=3, scaling_factor=4.0)
 MODELS = {
     "v3": V3,

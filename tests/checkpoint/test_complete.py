@@ -21,9 +21,13 @@ def test_it_appears_when_it_is_full(tmp_path: Path, exists: bool) -> None:
 
 
 def test_nothing_stays_after_a_failure(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), complete_or_absent("out", tmp_path / "out") as directory:
-        (directory / "a").write_text("1")
-        raise KeyError
+    def fail() -> None:
+        with complete_or_absent("out", tmp_path / "out") as directory:
+            (directory / "a").write_text("1")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""The same weights must give the same logits in transformers, in both directions, and no value may change on the way."""
+"""The same weights give the same logits in transformers, in both directions, and no value changes on the way."""
 
 from collections.abc import Iterator
 from dataclasses import replace

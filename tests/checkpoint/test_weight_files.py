@@ -16,7 +16,7 @@ BF16 = torch.bfloat16
 def write_three(directory: Path, shard_bytes: float) -> dict[str, torch.Tensor]:
     whole = torch.arange(96.0).view(3, 8, 4)
     writer = WeightWriter(directory, shard_bytes)
-    parts = {name: part for name, part in zip("abc", whole.unbind(), strict=True)}
+    parts = dict(zip("abc", whole.unbind(), strict=True))
     for name, part in parts.items():
         writer.add(name, part, BF16)
     writer.finish()

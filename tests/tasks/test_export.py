@@ -15,9 +15,7 @@ from dstrain.tasks import export, import_
 from tests.checkpoint.huggingface_cases import MODELS, V2, WITH_MTP, random_model, read_run, write_run
 
 # The 576 rows of DeepSeek's kv_a, and an expert width that is no multiple of a block either.
-ODD = replace(
-    WITH_MTP, hidden_size=200, kv_lora_rank=512, qk_rope_head_dim=64, moe_intermediate_size=192, num_layers=2
-)
+ODD = replace(WITH_MTP, hidden_size=200, kv_lora_rank=512, qk_rope_head_dim=64, moe_intermediate_size=192, num_layers=2)
 BIAS = "e_score_correction_bias"
 KEPT_IN_BF16 = ("norm", "embed", "head", "mlp.gate.weight", "eh_proj")
 

@@ -1,6 +1,7 @@
 """`dstrain import`: what is written is bitwise what was read, and what does not fit is named."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,18 @@ def import_to(run: Path, source: Path) -> Path:
     return run
 
 
-@pytest.fixture
-def hf(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BF16 checkpoint with MTP modules, in one file."""
-    write_run(tmp_path / "first", random_model(WITH_MTP))
-    return export_to(tmp_path / "hf", tmp_path / "first")
+    tmp_path = tmp_path_factory.mktemp("original")
+    write_run(tmp_path / "run", random_model(WITH_MTP))
+    return export_to(tmp_path / "hf", tmp_path / "run")
+
+
+@pytest.fixture
+def hf(original: Path, tmp_path: Path) -> Path:
+    """A copy to change."""
+    return Path(shutil.copytree(original, tmp_path / "hf"))
 
 
 def rewrite(hf: Path, **tensors: torch.Tensor | None) -> None:
@@ -112,5 +120,6 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_is_not_overwritten(hf: Path, tmp_path: Path) -> None:
+    run = import_to(tmp_path / "run", hf)
     with pytest.raises(ConfigError, match="something is there already"):
-        import_to(tmp_path / "first", hf)
+        import_to(run, hf)
