@@ -1,0 +1,172 @@
+"""The only file that knows DeepSpeed: its ZeRO optimizer with our process groups, our AdamW and our account of traffic.
+
+DeepSpeed's own engine is left out: it would need its layer classes in the model, environment variables, a JSON config
+and global process groups, and what it adds to the optimizer takes a few lines in engine/deepspeed.py. Private parts are
+used, hence the one version that pyproject.toml names; tests/engine/test_deepspeed.py says which.
+"""
+
+import logging
+import warnings
+from contextlib import AbstractContextManager
+from typing import Any
+
+import deepspeed.ops
+
+# Seconds of imports that DeepSpeed would make in the middle of its first reduction.
+import deepspeed.runtime.zero.muon.muon_optimizer
+import torch
+import torch.distributed as dist
+from deepspeed import comm as deepspeed_comm
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+from deepspeed.runtime.zero.stage_1_and_2 import OPTIMIZER_ALLGATHER_TIMER, DeepSpeedZeroOptimizer
+from deepspeed.utils.timer import NoopTimer
+from torch import Tensor
+from torch.distributed import HashStore
+
+from dstrain.comm.trace import Trace
+from dstrain.config.schema import Config, OptimConfig
+from dstrain.engine.optimizer import AdamShard
+from dstrain.mesh.groups import Groups
+from dstrain.parallel.apply import LogicalParameter
+
+EXPERTS = "experts"
+
+
+class PartitionAdamW(torch.optim.Optimizer):
+    """AdamW of engine/optimizer.py in the shape that DeepSpeed steps: each parameter group holds one flat partition."""
+
+    def __init__(self, param_groups: list[dict[str, Any]], optim: OptimConfig):
+        super().__init__(param_groups, defaults={})
+        self.optim = optim
+        self.lr, self.updates = 0.0, 0
+
+    def create_state(self, moments_dtype: torch.dtype) -> None:
+        """At once instead of at the first step, so that a checkpoint can be loaded into it."""
+        for group in self.param_groups:
+            for master in group["params"]:
+                moments = (torch.zeros_like(master, dtype=moments_dtype, requires_grad=False) for _ in range(2))
+                self.state[master] = dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True))
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for master in group["params"]:
+                shard = AdamShard(master.detach(), **self.state[master], decays=group["decays"])
+                shard.update(master.grad, self.lr, self.updates, self.optim)
+
+
+class GatherTimer(NoopTimer):
+    """Of the timers that DeepSpeed asks for, the one around the gather: it blocks, so its time is exposed."""
+
+    def __init__(self, trace: Trace):
+        super().__init__()
+        self.trace = trace
+        self._waiting: AbstractContextManager[None] | None = None
+
+    def __call__(self, name: str) -> Any:
+        return self if name == OPTIMIZER_ALLGATHER_TIMER else self.timer
+
+    def start(self) -> None:
+        self._waiting = self.trace.waiting()
+        self._waiting.__enter__()
+
+    def stop(self) -> None:
+        if self._waiting is not None:
+            self._waiting.__exit__(None, None, None)
+            self._waiting = None
+
+
+class TracedZero(DeepSpeedZeroOptimizer):
+    """Reports its reductions, and reduces from FP32 buckets in stage 2 as it does in stage 1."""
+
+    def __init__(self, *args: Any, trace: Trace, **kwargs: Any):
+        super().__init__(*args, timers=GatherTimer(trace), **kwargs)
+        self.trace = trace
+
+    def _gradient_reduction_buffer_dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def average_tensor(self, tensor: Tensor, communication_data_type: torch.dtype) -> None:
+        for group, param, _ in self.ipg_buckets[communication_data_type].params:
+            ranks = self.partition_count[group]
+            num_bytes = self.bit16_groups[group][param].numel() * communication_data_type.itemsize
+            # An all-reduce, whatever `reduce_scatter` says.
+            self.trace.sent("grad", 2 * num_bytes * (ranks - 1) // ranks)
+        with self.trace.waiting():
+            super().average_tensor(tensor, communication_data_type)
+
+    def gather_bytes(self) -> int:
+        """What this rank sends when parameters are gathered."""
+        shares = zip(self.bit16_groups_flat, self.partition_size, self.partition_count, strict=True)
+        return sum(share * flat.element_size() * (ranks - 1) for flat, share, ranks in shares)
+
+
+def make_zero(logicals: list[LogicalParameter], config: Config, groups: Groups) -> TracedZero:
+    """Moves the parameters, which already have their compute dtype, into DeepSpeed's flat storage.
+
+    Gradients become sums over ranks, since `gradient_average` is off; norm and clipping are the caller's.
+    """
+    _connect(groups)
+    adam = PartitionAdamW(list(_param_groups(logicals, sharded_experts=groups.ep is not None)), config.optim)
+    marked = any(group["moe"] for group in adam.param_groups)
+    offload = config.engine.offload_optimizer
+    on_gpu = groups.place.device.type == "cuda"
+    zero = TracedZero(
+        adam,
+        {x.parameter: x.name for x in logicals},
+        trace=groups.trace,
+        optimizer_params={},
+        partition_grads=config.engine.zero_stage == 2,
+        # Without it, expert gradients of stage 1 are wrong.
+        contiguous_gradients=True,
+        reduce_bucket_size=config.engine.bucket_mib * 2**20 // 4,
+        dp_process_group=groups.data.group if groups.data else dist.group.WORLD,
+        expert_parallel_group={EXPERTS: groups.ep.group} if marked and groups.ep else None,
+        expert_data_parallel_group={EXPERTS: _expert_data_group(groups)} if marked else None,
+        has_moe_layers=marked,
+        offload_optimizer_config=(
+            DeepSpeedZeroOffloadOptimizerConfig(device="cpu", pin_memory=on_gpu) if offload else None
+        ),
+        clip_grad=0.0,
+        # It insists on a norm of its own when it offloads.
+        compute_grad_norm=offload,
+        check_grad_overflow=False,
+        gradient_average=False,
+        gradient_accumulation_dtype=torch.float32,
+        communication_data_type=torch.float32,
+    )
+    adam.create_state(getattr(torch, config.precision.moments_dtype))
+    zero._lazy_init_hp_params_optimizer_state()
+    return zero
+
+
+def _param_groups(logicals: list[LogicalParameter], *, sharded_experts: bool) -> list[dict[str, Any]]:
+    """Parameters that share a process group, a dtype and their weight decay, expert parameters marked as such."""
+    kinds: dict[tuple[bool, bool, bool], list[LogicalParameter]] = {}
+    # The parameters of the compute dtype come first: DeepSpeed takes the first dtype for that of the model.
+    for x in sorted(logicals, key=lambda x: x.keeps_fp32):
+        kinds.setdefault((x.is_expert and sharded_experts, x.decays, x.keeps_fp32), []).append(x)
+    for (is_expert, _, _), members in kinds.items():
+        for x in members:
+            vars(x.parameter).update(allreduce=not is_expert, group_name=EXPERTS)
+    return [
+        {"params": [x.parameter for x in members], "decays": decays, "moe": is_expert, "name": EXPERTS}
+        for (is_expert, decays, _), members in kinds.items()
+    ]
+
+
+def _connect(groups: Groups) -> None:
+    """Lets DeepSpeed use the process group that exists; it knows no run without one."""
+    # An empty table of compiled operators: otherwise the first group on a CPU starts a C++ build of over a minute.
+    deepspeed.ops.__compatible_ops__ = {}
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
+    if not dist.is_initialized():
+        backend = "nccl" if groups.place.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    deepspeed_comm.init_distributed(verbose=False)
+
+
+def _expert_data_group(groups: Groups) -> dist.ProcessGroup:
+    if groups.expert_data is not None:
+        return groups.expert_data.group
+    return dist.new_group([groups.place.rank], use_local_synchronization=True)
