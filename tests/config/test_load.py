@@ -1,5 +1,6 @@
 """What a command line gives: the typed tree, or one message."""
 
+import logging
 import os
 from datetime import datetime
 from pathlib import Path
@@ -58,6 +59,13 @@ def test_lists_become_tuples_of_dataclasses():
     assert config.data.blend == (Corpus("a", 2.0), Corpus("b"))
     assert config.train.recompute == ("norm", "experts")
     hash(config)
+
+
+def test_hydra_does_not_print_what_others_log():
+    before, level = set(logging.root.handlers), logging.root.level
+    run("train", "data.path=corpus.txt")
+    assert set(logging.root.handlers) <= before
+    assert logging.root.level == level
 
 
 def test_hydra_writes_nothing():
