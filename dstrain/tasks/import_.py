@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from dstrain.checkpoint.tokenizer_files import copy_tokenizer
 from dstrain.checkpoint.weight_files import WeightReader
 from dstrain.config.load import save
 from dstrain.config.schema import Config, DataConfig, ImportRoot, ModelConfig, MtpConfig, RunConfig, TrainConfig
-from dstrain.engine.state import FlatShard
+from dstrain.engine.state import FlatShard, Progress
 from dstrain.errors import UserError
 from dstrain.metrics.run_directory import RunDirectory
 
@@ -82,5 +82,5 @@ def _save_weights(directory: Path, tensors: list[LogicalTensor], disk: WeightRea
         for tensor in track(tensors, "importing", console=progress, disable=not sys.stderr.isatty(), transient=True)
     }
     checkpointer = Checkpointer(RunDirectory(directory).checkpoints, keep_last=1, keep_every_steps=0, group=None)
-    checkpointer.save(0, shards, {"step": 0, "samples": 0, "tokens": 0})
+    checkpointer.save(0, shards, {"progress": asdict(Progress())})
     checkpointer.finish()

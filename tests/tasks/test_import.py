@@ -66,7 +66,8 @@ def test_the_run_holds_fp32_weights_and_nothing_of_an_optimiser(hf: Path, tmp_pa
     assert {name.partition("/")[0] for name in manifest["tensors"]} == {"master", "buffer"}
     assert {tensor["dtype"] for tensor in manifest["tensors"].values()} == {"float32"}
     moment = {"exp_avg/norm.weight": FlatShard((64,), 0, torch.full((64,), 3.0))}
-    checkpointer.load(0, moment, optional_prefixes=("exp_avg/",))
+    extra = checkpointer.load(0, moment, optional_prefixes=("exp_avg/",))
+    assert extra == {"progress": {"step": 0, "samples": 0, "tokens": 0}}
     assert (moment["exp_avg/norm.weight"].local == 3).all()
 
 
