@@ -1,23 +1,15 @@
-"""Feed-forward networks: SwiGLU (arXiv:2002.05202), and DeepSeekMoE (arXiv:2401.06066) with shared and routed experts.
+"""Feed-forward networks with SwiGLU, and DeepSeekMoE (arXiv:2401.06066) with shared and routed experts.
 
 Shapes: D hidden, F width, E local experts, I width of an expert, R rows.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dstrain.config.schema import ModelConfig
 from dstrain.model.router import Router
 from dstrain.precision.grouped import grouped_linear
-
-
-class SwiGLU(nn.Module):
-    """[..., 2F] (gate, then up) -> silu(gate) * up, [..., F]."""
-
-    def forward(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+from dstrain.precision.swiglu import swiglu
 
 
 class FeedForward(nn.Module):
@@ -26,11 +18,14 @@ class FeedForward(nn.Module):
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
         self.gate_up = nn.Linear(hidden_size, 2 * width, bias=False)
-        self.activation = SwiGLU()
         self.down = nn.Linear(width, hidden_size, bias=False)
 
+    def lower(self, gate_up: Tensor) -> Tensor:
+        """From the input of the activation on; a method of its own, so that it can be computed again."""
+        return self.down(swiglu(gate_up))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.gate_up(x)))
+        return self.lower(self.gate_up(x))
 
 
 class Experts(nn.Module):
@@ -41,13 +36,15 @@ class Experts(nn.Module):
         self.held = held
         width, hidden = model.moe_intermediate_size, model.hidden_size
         self.gate_up = nn.Parameter(torch.empty(len(held), 2 * width, hidden))
-        self.activation = SwiGLU()
         self.down = nn.Parameter(torch.empty(len(held), hidden, width))
+
+    def lower(self, gate_up: Tensor, counts: list[int]) -> Tensor:
+        """From the input of the activation on; a method of its own, so that it can be computed again."""
+        return grouped_linear(swiglu(gate_up), self.down, counts)
 
     def forward(self, rows_RD: Tensor, counts: list[int]) -> Tensor:
         """Rows sorted by expert, `counts` of them each, through their experts: [R, D]."""
-        inner_RI = self.activation(grouped_linear(rows_RD, self.gate_up, counts))
-        return grouped_linear(inner_RI, self.down, counts)
+        return self.lower(grouped_linear(rows_RD, self.gate_up, counts), counts)
 
 
 class MoE(nn.Module):

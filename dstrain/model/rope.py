@@ -55,6 +55,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos and sin must broadcast against x[..., ::2].
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    # A pair is a complex number, and turning it one multiplication.
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)

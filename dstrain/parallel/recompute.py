@@ -1,7 +1,9 @@
 """Recomputation by choice: what is named here is computed again in the backward pass instead of being kept.
 
-`norm`, `mla_up` and `swiglu` are DeepSeek-V3's choice (section 3.2.3): cheap to compute, large to keep. `attend` and
-`experts` are whole phases; `layer` is all of a layer, and repeats its communication.
+`norm`, `mla_up` and `swiglu` are DeepSeek-V3's choice (section 3.2.3): cheap to compute, large to keep. The result of what
+is wrapped is kept wherever the next product needs it, so `mla_up` reaches from the latents to the output of attention:
+queries, keys and values of all heads lie within. `attend` and `experts` are whole phases; `layer` is all of a layer, and
+repeats its communication.
 """
 
 from functools import partial
@@ -11,14 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from dstrain.model.attention import Attention
 from dstrain.model.layer import DenseLayer, MoELayer
-from dstrain.model.moe import Experts, SwiGLU
+from dstrain.model.moe import Experts, FeedForward
 from dstrain.model.transformer import Transformer
 
 # Name in train.recompute -> the methods that are wrapped.
 METHODS: dict[str, list[tuple[type[nn.Module], str]]] = {
     "norm": [(nn.RMSNorm, "forward")],
-    "mla_up": [(Attention, "expand")],
-    "swiglu": [(SwiGLU, "forward")],
+    "mla_up": [(Attention, "attend")],
+    "swiglu": [(FeedForward, "lower"), (Experts, "lower")],
     "attend": [(MoELayer, "attend"), (DenseLayer, "attention")],
     "experts": [(Experts, "forward")],
     "layer": [(MoELayer, "forward"), (DenseLayer, "forward")],
