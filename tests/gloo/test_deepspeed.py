@@ -196,8 +196,9 @@ def move(groups: Groups, source: Config, target: Config) -> tuple[list[float], l
     for _ in range(2):
         first.step()
     saved = whole(first.state())
-    # Something to overwrite.
+    # Something to overwrite; a gather under way would write into it after us.
     second.step()
+    second.engine.settle()
     for name, shard in second.state().items():
         shard.local.copy_(saved[name][shard.offset : shard.offset + len(shard.local)])
     second.engine.loaded(2)
