@@ -1,8 +1,8 @@
 """The flat all-to-all: one row per (token, expert) to the rank of the expert and back.
 
-The plain reference of all transports across ranks. Ranks first exchange how many rows go to each expert (E integers, one
-host synchronisation), then the rows. A rank receives rows by source rank and, within it, by expert; it sorts them by
-expert, and undoes that on the way back.
+The plain reference of all transports across ranks. Ranks first exchange how many rows go to each expert (E integers,
+one host synchronisation), then the rows. A rank receives rows by source rank and, within it, by expert; it sorts them
+by expert, and undoes that on the way back.
 
 Shapes: T tokens, K experts per token, D hidden, R arrived rows, P ranks of the group, E local experts.
 """

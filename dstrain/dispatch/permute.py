@@ -11,8 +11,10 @@ from torch.autograd.function import once_differentiable
 
 
 class _Spread(torch.autograd.Function):
-    """Copies each token to its K rows; the gradient of a token is the sum over its rows, gathered rather than scattered,
-    so that it is deterministic on every device."""
+    """Copies each token to its K rows.
+
+    The gradient of a token is the sum over its rows, gathered rather than scattered: deterministic on every device.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, token_of_row_R: Tensor, row_of_pair_TK: Tensor) -> Tensor:
@@ -68,7 +70,7 @@ def reorder(rows_RD: Tensor, order_R: Tensor) -> Tensor:
 
 
 def weighted_sum(rows_RD: Tensor, weights_TK: Tensor, row_of_pair_TK: Tensor) -> Tensor:
-    """y[t] = sum over k of weights[t, k] * rows[row_of_pair[t, k]], summed in FP32, in the dtype of the rows: [T, D]."""
+    """y[t] = sum over k of weights[t, k] * rows[row_of_pair[t, k]], [T, D] in the dtype of the rows, summed in FP32."""
     order_R = row_of_pair_TK.flatten()
     rows_TKD = _Reorder.apply(rows_RD, order_R, invert(order_R)).unflatten(0, row_of_pair_TK.shape)
     return torch.bmm(weights_TK[:, None].to(rows_RD.dtype), rows_TKD).squeeze(1)

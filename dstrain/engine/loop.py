@@ -1,7 +1,7 @@
 """The training step: micro-batches through the model, gradients through the engine, figures to whoever listens.
 
-The global batch is rows [samples, samples + sequences) of the loader's endless order; rank d of R takes its d-th part of
-them. Losses are shares of the global batch (model/transformer.py), so adding up is all that ranks and micro-batches do.
+The global batch is rows [samples, samples + sequences) of the loader's endless order; rank d of R takes its d-th part.
+Losses are shares of the global batch (model/transformer.py), so adding up is all that ranks and micro-batches do.
 """
 
 import resource
@@ -153,8 +153,9 @@ class Trainer:
         main, mtp, balance, z, total = sums.parts_5.tolist()
         if not (isfinite(total) and isfinite(grad_norm)):
             raise SharedError(
-                f"step {self.progress.step + 1}: loss {total} and gradient norm {grad_norm} must be finite. Nothing was "
-                "updated; go on from the last checkpoint with a lower optim.lr or a longer optim.warmup_steps."
+                f"step {self.progress.step + 1}: loss {total} and gradient norm {grad_norm} must be finite. "
+                "Nothing was updated; go on from the last checkpoint with a lower optim.lr or a longer "
+                "optim.warmup_steps."
             )
         lr = learning_rate(self.config, self.progress.step, self.progress.tokens)
         self.engine.step(lr)

@@ -48,7 +48,8 @@ class AdamShard:
             [wide_m],
             [wide_v],
             max_exp_avg_sqs=[],
-            state_steps=[torch.tensor(float(updates_before), device=master.device)],
+            # Filled on the device: a copy from the host would be waited for.
+            state_steps=[torch.full((), float(updates_before), device=master.device)],
             fused=True,
             amsgrad=False,
             beta1=optim.beta1,

@@ -124,7 +124,22 @@ def make_bucket(
     )
 
 
-def _fill_buckets(logicals: list[LogicalParameter], limit_elements: int) -> Iterator[list[LogicalParameter]]:
+def _pack(logicals: list[LogicalParameter], limit_elements: int) -> list[list[LogicalParameter]]:
+    """What shares a bucket, in the order in which the backward pass completes the buckets.
+
+    Buckets leave in this order, so one that completes late must not stand before one that completes early. The backward
+    pass finishes parameters in about the reverse of their order in the model.
+    """
+    finished = list(reversed(logicals))
+    kinds: dict[tuple[bool, bool, bool], list[LogicalParameter]] = {}
+    for logical in finished:
+        kinds.setdefault((logical.is_expert, logical.decays, logical.keeps_fp32), []).append(logical)
+    runs = [run for alike in kinds.values() for run in _runs(alike, limit_elements)]
+    position = {logical.name: n for n, logical in enumerate(finished)}
+    return sorted(runs, key=lambda run: position[run[-1].name])
+
+
+def _runs(logicals: list[LogicalParameter], limit_elements: int) -> Iterator[list[LogicalParameter]]:
     """Runs of at most `limit_elements` elements, and at least one parameter."""
     run: list[LogicalParameter] = []
     for logical in logicals:
@@ -156,15 +171,11 @@ class ShardedEngine:
 
     def __post_init__(self) -> None:
         precision = self.config.precision
-        compute_dtype = getattr(torch, precision.compute_dtype)
-        kinds: dict[tuple[bool, bool, bool], list[LogicalParameter]] = {}
-        for logical in reversed(logical_parameters(self.model)):
-            kinds.setdefault((logical.is_expert, logical.decays, logical.keeps_fp32), []).append(logical)
-        for (is_expert, _, keeps_fp32), logicals in kinds.items():
-            peers = self.groups.expert_data if is_expert else self.groups.data
-            dtype = torch.float32 if keeps_fp32 else compute_dtype
-            for run in _fill_buckets(logicals, self.config.engine.bucket_mib * 2**20 // 4):
-                self.buckets.append(make_bucket(run, peers, dtype, getattr(torch, precision.moments_dtype)))
+        moments_dtype = getattr(torch, precision.moments_dtype)
+        for run in _pack(logical_parameters(self.model), self.config.engine.bucket_mib * 2**20 // 4):
+            peers = self.groups.expert_data if run[0].is_expert else self.groups.data
+            dtype = torch.float32 if run[0].keeps_fp32 else getattr(torch, precision.compute_dtype)
+            self.buckets.append(make_bucket(run, peers, dtype, moments_dtype))
         for bucket in self.buckets:
             for slot in bucket.slots:
                 slot.logical.parameter.register_post_accumulate_grad_hook(partial(self._arrived, bucket, slot))
@@ -227,7 +238,8 @@ class ShardedEngine:
         if self._norm is None:
             raise RuntimeError("step() without reduce()")
         clip = self.config.optim.clip_norm
-        for bucket in self.buckets:
+        # What the next forward pass needs first is gathered first.
+        for bucket in reversed(self.buckets):
             if bucket.grad_share is None:
                 raise RuntimeError("step() without reduce()")
             if clip and self._norm > clip:
@@ -244,6 +256,8 @@ class ShardedEngine:
             bucket.ready()
 
     def state(self) -> Shards:
+        # A gather that ended later would write the old weights over loaded ones.
+        self.settle()
         shards: Shards = {}
         for bucket in self.buckets:
             for kind in ("master", "exp_avg", "exp_avg_sq"):

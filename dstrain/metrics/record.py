@@ -9,7 +9,7 @@ from dstrain.plan.count import flops_per_token
 
 
 def step_record(report: StepReport, config: Config, world: int) -> dict[str, Value]:
-    """Every figure of a step but the memory; per-layer figures only every metrics.moe_every_steps steps."""
+    """The figures of a step; per-layer figures only every metrics.moe_every_steps steps."""
     tokens_per_s = report.tokens / report.seconds
     record: dict[str, Value] = {
         "step": report.progress.step,
@@ -18,6 +18,7 @@ def step_record(report: StepReport, config: Config, world: int) -> dict[str, Val
         "loss_main": report.loss_main,
         "loss_mtp": report.loss_mtp,
         "loss_balance": report.loss_balance,
+        "loss_z": report.loss_z,
         "lr": report.lr,
         "grad_norm": report.grad_norm,
         "tokens_per_s": tokens_per_s,

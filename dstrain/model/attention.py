@@ -76,8 +76,13 @@ class Attention(nn.Module):
         k = torch.cat((k_nope, k_rope), dim=-1)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
+    def attend(
+        self, q_latent: Tensor, latent_BTC: Tensor, k_rope_BTR: Tensor, cos_TR: Tensor, sin_TR: Tensor
+    ) -> Tensor:
+        """From the latents to the heads' results side by side, [B, T, H * V]."""
+        q, k, v = self.expand(q_latent, latent_BTC, k_rope_BTR, cos_TR, sin_TR)
+        return causal_attention(q, k, v, self.scale).transpose(1, 2).flatten(-2)
+
     def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
         latent, k_rope = self.compress(x_BTD, cos_TR, sin_TR)
-        q, k, v = self.expand(self.query_latent(x_BTD), latent, k_rope, cos_TR, sin_TR)
-        out_BHTV = causal_attention(q, k, v, self.scale)
-        return self.o(out_BHTV.transpose(1, 2).flatten(-2))
+        return self.o(self.attend(self.query_latent(x_BTD), latent, k_rope, cos_TR, sin_TR))

@@ -1,9 +1,10 @@
 """Recomputation by choice: what is named here is computed again in the backward pass instead of being kept.
 
-`norm`, `mla_up` and `swiglu` are DeepSeek-V3's choice (section 3.2.3): cheap to compute, large to keep. The result of what
-is wrapped is kept wherever the next product needs it, so `mla_up` reaches from the latents to the output of attention:
-queries, keys and values of all heads lie within. `attend` and `experts` are whole phases; `layer` is all of a layer, and
-repeats its communication.
+`norm`, `mla_up` and `swiglu` are DeepSeek-V3's choice (section 3.2.3): cheap to compute, large to keep. What a wrapped
+method returns is kept wherever the next product needs it, so a method has to reach past what is to be forgotten.
+`mla_up` goes from the latents to the output of attention: queries, keys and values of all heads lie within. `swiglu`
+includes the down-projection, which is not run again: recomputation stops at the last tensor that is missing. `attend`
+and `experts` are whole phases; `layer` is all of a layer, and repeats its communication.
 """
 
 from functools import partial

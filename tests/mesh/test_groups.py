@@ -1,0 +1,74 @@
+"""Process groups join the ranks that the mesh names."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dstrain.comm.collectives import Peers
+from dstrain.mesh.axes import Mesh
+from dstrain.mesh.groups import Place, connect, disconnect
+from tests.gloo.spawn import spawn
+
+CPU = torch.device("cpu")
+KINDS = ("ep", "expert_data", "data", "world")
+
+
+def members(peers: Peers | None) -> list[int] | None:
+    """Those who answer in the group, in its order."""
+    if peers is None:
+        return None
+    ranks = torch.zeros(peers.size, dtype=torch.int64)
+    ranks[peers.index] = dist.get_rank()
+    dist.all_reduce(ranks, group=peers.group)
+    return ranks.tolist()
+
+
+def all_members(rank: int, world: int, meshes: list[Mesh]) -> list[dict[str, list[int] | None]]:
+    found = []
+    for mesh in meshes:
+        groups = connect(mesh, Place(rank, world, CPU))
+        assert groups.background is not None
+        assert groups.background.size() == world
+        assert groups.coordinate == mesh.coordinate(rank)
+        found.append({kind: members(getattr(groups, kind)) for kind in KINDS})
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> list[list[dict[str, list[int] | None]]]:
+    return spawn(all_members, 4, [Mesh(dp=2, ep=2), Mesh(ep=4), Mesh(dp=4), Mesh(pp=2, ep=2)])
+
+
+def test_ep2_dp2(found: list):
+    experts, replicas = [[0, 1], [0, 1], [2, 3], [2, 3]], [[0, 2], [1, 3], [0, 2], [1, 3]]
+    for rank in range(4):
+        everyone = [0, 1, 2, 3]
+        assert found[rank][0] == dict(zip(KINDS, (experts[rank], replicas[rank], everyone, everyone), strict=True))
+
+
+def test_there_is_no_group_of_one(found: list):
+    for rank in range(4):
+        assert found[rank][1] == {"ep": [0, 1, 2, 3], "expert_data": None, "data": [0, 1, 2, 3], "world": [0, 1, 2, 3]}
+        assert found[rank][2] == {"ep": None, "expert_data": [0, 1, 2, 3], "data": [0, 1, 2, 3], "world": [0, 1, 2, 3]}
+
+
+def test_stages_have_groups_of_their_own(found: list):
+    for rank in range(4):
+        stage = [0, 1] if rank < 2 else [2, 3]
+        assert found[rank][3] == {"ep": stage, "expert_data": None, "data": stage, "world": [0, 1, 2, 3]}
+
+
+def test_one_process_needs_no_groups():
+    groups = connect(Mesh(), Place(0, 1, CPU))
+    assert not dist.is_initialized()
+    assert [getattr(groups, kind) for kind in (*KINDS, "background")] == [None] * 5
+    disconnect()
+
+
+def test_the_launcher_says_who_we_are(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert (Place.from_environment().rank, Place.from_environment().world) == (0, 1)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert (Place.from_environment().rank, Place.from_environment().world) == (3, 8)

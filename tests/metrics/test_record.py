@@ -1,0 +1,76 @@
+"""The figures of a step under the names that all sinks share."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dstrain.comm.trace import CommTotals
+from dstrain.config.schema import HardwareConfig, MetricsConfig
+from dstrain.engine.loop import LayerLoad, StepReport
+from dstrain.engine.state import Progress
+from dstrain.metrics.record import step_record
+from dstrain.plan.count import flops_per_token
+from tests.tiny import TINY
+
+CONFIG = replace(TINY, hardware=HardwareConfig(peak_bf16_tflops=0.5), metrics=MetricsConfig(moe_every_steps=5))
+REPORT = StepReport(
+    progress=Progress(step=10, samples=80, tokens=960),
+    loss=3.5,
+    loss_main=3.0,
+    loss_mtp=1.5,
+    loss_balance=2.0,
+    loss_z=0.25,
+    lr=0.01,
+    grad_norm=1.25,
+    tokens=96,
+    seconds=0.5,
+    comm=CommTotals(12.0, {"grad": 5}),
+    memory_gib=0.75,
+    layers=[
+        LayerLoad("layers.3.moe.router", torch.tensor([10.0, 20.0, 30.0, 20.0]), 1.2, 0.04),
+        LayerLoad("mtp.0.layer.moe.router", torch.full((4,), 20.0), 1.3, 0.0),
+    ],
+    stop=False,
+)
+
+
+def test_figures_of_the_run():
+    assert {name: value for name, value in step_record(REPORT, CONFIG, world=4).items() if "/" not in name} == {
+        "step": 10,
+        "tokens": 960,
+        "loss": 3.5,
+        "loss_main": 3.0,
+        "loss_mtp": 1.5,
+        "loss_balance": 2.0,
+        "loss_z": 0.25,
+        "lr": 0.01,
+        "grad_norm": 1.25,
+        "tokens_per_s": 192.0,
+        "tokens_per_s_per_gpu": 48.0,
+        "mfu": pytest.approx(48.0 * flops_per_token(CONFIG.model, 12) / 0.5e12),
+        "step_ms": 500.0,
+        "comm_exposed_ms": 12.0,
+        "memory_gib": 0.75,
+    }
+
+
+def test_figures_of_the_layers():
+    record = step_record(REPORT, CONFIG, world=4)
+    assert {name: value for name, value in record.items() if "/" in name} == {
+        "moe/layer03/load_max_over_mean": 1.5,
+        "moe/layer03/entropy": 1.2,
+        "moe/layer03/bias_range": 0.04,
+        "moe/mtp0/load_max_over_mean": 1.0,
+        "moe/mtp0/entropy": 1.3,
+        "moe/mtp0/bias_range": 0.0,
+    }
+
+
+def test_layers_are_reported_every_few_steps_only():
+    report = replace(REPORT, progress=Progress(step=11, samples=88, tokens=1056))
+    assert not [name for name in step_record(report, CONFIG, world=4) if "/" in name]
+
+
+def test_without_a_known_peak_there_is_no_mfu():
+    assert step_record(REPORT, TINY, world=4)["mfu"] is None

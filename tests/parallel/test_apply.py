@@ -1,0 +1,95 @@
+"""What outlives a process is named and placed without regard to the layout."""
+
+from math import prod
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dstrain.comm.trace import Trace
+from dstrain.config.schema import MtpConfig
+from dstrain.dispatch.alltoall import AllToAllDispatcher
+from dstrain.dispatch.local import LocalDispatcher
+from dstrain.mesh.axes import Mesh
+from dstrain.mesh.groups import Groups, Place, connect
+from dstrain.parallel.apply import build_model, logical_parameters, make_dispatcher
+from dstrain.plan.count import parameters
+from tests.gloo.spawn import spawn
+from tests.tiny import CPU, TINY, alone, tiny_config
+
+# (whole shape, offset, flat values of this rank)
+Part = tuple[tuple[int, ...], int, Tensor]
+
+
+def groups_of(mesh: Mesh, rank: int) -> Groups:
+    """Without processes: enough to build a model whose dispatcher is never used."""
+    return Groups(mesh, Place(rank, mesh.world, CPU), mesh.coordinate(rank), Trace(CPU), None, None, None, None, None)
+
+
+def parts(mesh: Mesh, rank: int) -> dict[str, Part]:
+    logicals = logical_parameters(build_model(TINY, groups_of(mesh, rank)))
+    return {x.name: (x.shape, x.offset, x.parameter.detach().flatten()) for x in logicals}
+
+
+def test_every_parameter_is_listed_once_under_its_name():
+    model = build_model(TINY, alone())
+    logicals = logical_parameters(model)
+    expected = dict(model.named_parameters())
+    assert [x.name for x in logicals] == list(expected)
+    for x in logicals:
+        assert x.parameter is expected[x.name]
+        assert (x.shape, x.offset) == (tuple(x.parameter.shape), 0)
+    assert {"embed.weight", "head.weight", "layers.1.moe.experts.gate_up", "mtp.0.proj.weight"} <= expected.keys()
+
+
+def test_tied_embeddings_are_one_parameter():
+    logicals = logical_parameters(build_model(tiny_config(model={"tie_embeddings": True}), alone()))
+    names = [x.name for x in logicals]
+    assert "head.weight" not in names
+    assert names.count("embed.weight") == 1
+
+
+@pytest.mark.parametrize("mesh", [Mesh(ep=2), Mesh(ep=4), Mesh(dp=2, ep=2)], ids=str)
+def test_a_rank_holds_its_part_of_what_one_process_holds(mesh: Mesh):
+    complete = parts(Mesh(), 0)
+    for rank in range(mesh.world):
+        held = parts(mesh, rank)
+        assert held.keys() == complete.keys()
+        for name, (shape, offset, values) in held.items():
+            assert shape == complete[name][0]
+            assert torch.equal(values, complete[name][2][offset : offset + len(values)])
+            share = mesh.ep if ".experts." in name else 1
+            assert len(values) * share == prod(shape)
+            assert offset == (mesh.coordinate(rank).ep * len(values) if share > 1 else 0)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("tied", [False, True])
+def test_decay_applies_to_the_matrices_that_transform(depth: int, tied: bool):
+    config = tiny_config(model={"tie_embeddings": tied, "mtp": MtpConfig(depth)})
+    model = build_model(config, alone())
+    spared = {"embed.weight"} | {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.RMSNorm)}
+    logicals = logical_parameters(model)
+    assert {x.name for x in logicals if not x.decays} == spared
+    assert ("head.weight" in {x.name for x in logicals if x.decays}) is not tied
+    assert "layers.1.moe.router.weight" in {x.name for x in logicals if x.decays}
+
+
+def test_experts_and_fp32_weights():
+    logicals = logical_parameters(build_model(TINY, alone()))
+    assert {x.name for x in logicals if x.is_expert} == {x.name for x in logicals if ".experts." in x.name} != set()
+    assert {x.name for x in logicals if x.keeps_fp32} == {x.name for x in logicals if ".router." in x.name} != set()
+
+
+def test_the_planner_counts_the_same():
+    model = build_model(TINY, alone())
+    assert sum(x.parameter.numel() for x in logical_parameters(model)) == parameters(TINY.model).trained
+
+
+def kind_of_dispatcher(rank: int, world: int) -> str:
+    return type(make_dispatcher(4, connect(Mesh(ep=world), Place(rank, world, CPU)))).__name__
+
+
+def test_experts_on_other_ranks_need_the_transport():
+    assert isinstance(make_dispatcher(4, alone()), LocalDispatcher)
+    assert spawn(kind_of_dispatcher, 2) == [AllToAllDispatcher.__name__] * 2
