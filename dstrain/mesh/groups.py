@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from dstrain.comm.collectives import Peers
 from dstrain.comm.trace import Trace
+from dstrain.host import tune_cpu
 from dstrain.mesh.axes import Coordinate, Mesh
 
 
@@ -30,6 +31,7 @@ class Place:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
             return Place(rank, world, device)
+        tune_cpu()
         return Place(rank, world, torch.device("cpu"))
 
 

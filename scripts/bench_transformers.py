@@ -1,0 +1,109 @@
+"""Training steps per second against plain transformers: the same model, the same batch, one process.
+
+    python scripts/bench_transformers.py [--rounds 7] [--threads 2] [--set train.seq_len=256 ...]
+
+The model is that of the tiny_cpu recipe. Both sides take turns, so that a busy machine disturbs them alike; a ratio is
+the median over rounds, with its range. Transformers runs as its documentation starts one: SDPA attention, its fastest
+expert path, torch's AdamW with default settings; `autocast` is what its Trainer does for bf16=True.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dstrain.checkpoint.huggingface_config import to_json
+from dstrain.config import load
+from dstrain.config.schema import Config
+from dstrain.engine.choose import make_engine
+from dstrain.engine.loop import Trainer
+from dstrain.engine.state import Progress
+from dstrain.mesh.axes import Mesh
+from dstrain.mesh.groups import Place, connect
+from dstrain.parallel.apply import build_model
+
+Step = Callable[[], None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of the recipe")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    overrides = ["+experiment=tiny_cpu", "data.path=random", "model.vocab_size=320", *options.set]
+    config = load.compose("train", overrides)
+    batch = torch.randint(0, 256, (config.train.sequences, config.train.seq_len + 1 + config.model.mtp.depth))
+    steps = {f"dstrain {dtype}": dstrain_step(config, batch, dtype) for dtype in ("float32", "bfloat16")}
+    steps |= {f"transformers {mode}": transformers_step(config, batch, mode) for mode in ("float32", "autocast")}
+    report(measure(steps, options.rounds))
+
+
+def dstrain_step(config: Config, batch: Tensor, dtype: str) -> Step:
+    """A whole step of the trainer in micro-batches of the recipe: loss, gradients, clipping, AdamW, balancing."""
+    config = replace(config, precision=replace(config.precision, compute_dtype=dtype))
+    groups = connect(Mesh(), Place(0, 1, torch.device("cpu")))
+    model = build_model(config, groups)
+    sequences = len(batch)
+
+    def batches(first: int, count: int) -> Tensor:
+        start = first % sequences
+        return batch[start : start + count]
+
+    trainer = Trainer(config, groups, model, make_engine(model, config, groups), batches, Progress())
+    return lambda: trainer.step() and None
+
+
+def transformers_step(config: Config, batch: Tensor, mode: str) -> Step:
+    """Loss, gradients, clipping, AdamW, in the same micro-batches."""
+    fields = to_json(replace(config.model, tie_embeddings=False), config.train.seq_len, None, "float32")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    inputs = batch[:, : config.train.seq_len]
+    context = torch.autocast("cpu", torch.bfloat16) if mode == "autocast" else nullcontext()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        for part in inputs.split(config.train.micro_batch):
+            with context:
+                loss = model(input_ids=part, labels=part).loss
+            (loss * len(part) / len(inputs)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every step; the first of each, which warms up, is left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for n in range(rounds + 1):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if n:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def report(seconds: dict[str, list[float]]) -> None:
+    baseline = seconds["transformers float32"]
+    table = Table("", "median ms", "times as fast as transformers float32", "range over rounds")
+    for name, times in seconds.items():
+        ratios = [theirs / ours for theirs, ours in zip(baseline, times, strict=True)]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        table.add_row(name, f"{statistics.median(times) * 1e3:.0f}", f"{statistics.median(ratios):.2f}", spread)
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
