@@ -54,6 +54,9 @@ SCHEMAS: dict[str, type] = {
     "tokenize": TokenizeRoot,
 }
 
+# Keys of which a config gives one, and what stands for "not given" in the second.
+ALTERNATIVES = (("train.sequences", "train.batch_tokens", "null"), ("data.path", "data.blend", "[]"))
+
 _OVERRIDE = re.compile(r"(?P<sign>\+{0,2}|~)(?P<key>[\w.]+)=(?P<value>.*)", re.DOTALL)
 _VERSION_BASE = "1.3"
 
@@ -148,7 +151,17 @@ def _prepare(schema: type, arguments: Sequence[str]) -> list[str]:
         if override and dotted and override["key"] not in leaves and override["key"] not in inner:
             raise _unknown(override["key"], override["value"], schema)
         prepared.append(_as_text(override, leaves, multirun) if override else argument)
-    return prepared
+    return prepared + _dropped(_values(arguments), leaves)
+
+
+def _dropped(values: dict[str, str], leaves: dict[str, Key]) -> list[str]:
+    """Who names one of two alternatives means it instead of the other, which a YAML file may have set."""
+    pairs = [pair for one, other, empty in ALTERNATIVES for pair in ((one, other, empty), (other, one, "null"))]
+    return [
+        f"{other}={empty}"
+        for one, other, empty in pairs
+        if one in leaves and one in values and other not in values and values[one] not in ("null", "[]")
+    ]
 
 
 def _as_text(override: re.Match[str], leaves: dict[str, Key], multirun: bool) -> str:

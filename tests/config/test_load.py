@@ -329,3 +329,15 @@ def test_every_choice_of_every_group_composes(turn: int):
         [*(f"{group}={file.stem}" for group, file in chosen.items()), "mesh.ep=1", "mesh.pp=1", "dispatch.kind=auto"],
     )
     assert all(file.read_text().startswith("# ") for file in chosen.values())
+
+
+def test_naming_one_alternative_drops_the_other() -> None:
+    config = load.compose("train", ["data.path=a", "train.batch_tokens=8192"])
+    assert (config.train.sequences, config.train.batch_tokens) == (None, 8192)
+    config = load.compose(
+        "train",
+        ["data.blend=[{path: a}]", "+experiment=deepseek_v3", "mesh.pp=1", "train.sequences=4608"],
+        world_size=128,
+    )
+    assert (config.train.sequences, config.train.batch_tokens) == (4608, None)
+    assert (config.data.path, [corpus.path for corpus in config.data.blend]) == (None, ["a"])
