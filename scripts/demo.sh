@@ -4,17 +4,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=.venv/bin
 here=.demo/$(date +%Y%m%d-%H%M%S)
-recipe=(+experiment=tiny_cpu data.path=.demo/corpus.jsonl data.cache_dir=.demo/tokens)
+recipe=(+experiment=tiny_cpu data.path=.demo/stdlib)
 if [[ -n ${DEMO_STEPS:-} ]]; then recipe+=("train.steps=$DEMO_STEPS"); fi
 prompt=${DEMO_PROMPT:-def read_}
 
 title() { printf '\n\033[1m%s\033[0m\n' "$*"; }
-sample() { "$bin/python" -m dstrain generate run.dir="$1" prompt="'$prompt'" max_tokens=300; echo; }
+sample() { "$bin/python" -m dstrain generate run.dir="$1" prompt="$prompt" max_tokens=300; echo; }
 
 mkdir -p "$here"
-if [[ ! -s .demo/corpus.jsonl ]]; then
-    title "Text: the sources of Python's standard library"
-    "$bin/python" scripts/corpus.py .demo/corpus.jsonl
+if [[ ! -s .demo/stdlib.idx ]]; then
+    title "Text: the sources of Python's standard library, as bytes"
+    "$bin/dstrain" tokenize data.path=python-stdlib out=.demo/stdlib
 fi
 
 title "Before training, the model goes on from \"$prompt\" like this"
@@ -34,7 +34,7 @@ cat <<END
     metrics.jsonl          the figures of every step
     config.yaml            the resolved config; environment.json has versions and commit
     checkpoints/           what \`dstrain generate\` and \`train.resume=auto\` read
-  .demo/corpus.jsonl       the text
+  .demo/stdlib.bin, .idx   the text as tokens
 
 What to try next
   source .venv/bin/activate

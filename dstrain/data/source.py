@@ -6,6 +6,7 @@ pieces of one document, cut at line ends.
 
 import gzip
 import json
+import sysconfig
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from dstrain.errors import ConfigError, UserError
 
 # A text file is read in pieces of about this size: no file has to fit into memory, and one file feeds all cores.
 PIECE_BYTES = 2**20
+# A corpus that every machine has: data.path=python-stdlib reads the sources of Python's standard library.
+STANDARD_LIBRARY = Path("python-stdlib")
+NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "idlelib", "turtledemo"}
 NEEDS_EXTRA = "needs pyarrow and datasets, which are not installed: pip install 'dstrain[data]'"
 
 
@@ -32,13 +36,24 @@ def source_files(path: Path) -> list[Path]:
     """The files of a corpus, sorted; hidden ones and __pycache__ are left out. UserError if there are none."""
     if path.is_file():
         return [path]
+    if path == STANDARD_LIBRARY and not path.exists():
+        return _standard_library()
     if not path.is_dir():
         raise UserError(
-            f"data.path={path} does not exist. Give text, JSONL, parquet, a directory or a token file prefix."
+            f"data.path={path} does not exist. Give text, JSONL, parquet, a directory, a token file "
+            "prefix, or python-stdlib."
         )
     if files := sorted(file for file in path.rglob("*") if file.is_file() and _visible(file.relative_to(path))):
         return files
     raise UserError(f"data.path={path} holds no files. Give a directory with text, JSONL or parquet files.")
+
+
+def _standard_library() -> list[Path]:
+    """The modules of the running Python, without their tests and what others installed among them."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = (file for file in root.rglob("*.py") if not NOT_LIBRARY.intersection(file.relative_to(root).parts))
+    # Some distributions add modules generated for their machine.
+    return sorted(file for file in files if not file.name.startswith("_sysconfigdata"))
 
 
 def _visible(path: Path) -> bool:

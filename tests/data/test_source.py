@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dstrain.data import source
-from dstrain.data.source import read_documents
+from dstrain.data.source import read_documents, source_files
 from dstrain.errors import UserError
 
 
@@ -136,3 +136,10 @@ def test_missing_and_empty_paths(tmp_path: Path) -> None:
         texts(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no files"):
         texts(tmp_path)
+
+
+def test_the_standard_library_is_a_corpus() -> None:
+    names = [file.name for file in source_files(Path("python-stdlib"))]
+    assert {"dataclasses.py", "socket.py"} <= set(names)
+    assert not [name for name in names if not name.endswith(".py")]
+    assert next(read_documents(Path("python-stdlib"), "text")).text
