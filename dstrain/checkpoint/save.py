@@ -22,7 +22,7 @@ from dstrain.checkpoint.planner import ShardLoadPlanner, ShardSavePlanner
 from dstrain.checkpoint.storage import ChunkReader, ChunkWriter, Retention
 from dstrain.comm.agreement import together
 from dstrain.engine.state import FlatShard, Shards
-from dstrain.errors import UserError
+from dstrain.errors import SharedError, UserError
 
 
 class Checkpointer:
@@ -170,4 +170,4 @@ def _check_tensor(name: str, shard: FlatShard, saved: SavedTensor, path: Path) -
 def _cause(failure: CheckpointException) -> BaseException:
     """What went wrong first, on the lowest rank: the same on all ranks."""
     error, _ = failure.failures[min(failure.failures)]
-    return error
+    return SharedError(str(error)) if isinstance(error, UserError) else error

@@ -49,9 +49,7 @@ def check(config: Config, world_size: int | None = None) -> None:
 
 def check_training(config: Config, world_size: int) -> None:
     """`check`, and what a training run needs besides."""
-    if config.mesh.pp > 1:
-        rule = "training with pipeline stages is not built yet"
-        raise ConfigError("mesh.pp", config.mesh.pp, rule, "Set mesh.pp=1; `--cfg job` shows this recipe all the same.")
+    _check_pipeline(config)
     check(config, world_size)
     if config.data.path is None and not config.data.blend:
         cure = "Give data.path=<text, a directory, .jsonl, .parquet or token files> or data.blend."
@@ -219,6 +217,7 @@ def check_same_run(saved: Config, config: Config) -> None:
 
 
 def check_verify(config: VerifyRoot) -> None:
+    _check_pipeline(config)
     check(config)
     _at_least(config, 1, "verify.steps", "verify.timeout_s")
     _above_zero(config, "verify.tolerance")
@@ -259,6 +258,12 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "import": check_import,
     "tokenize": check_tokenize,
 }
+
+
+def _check_pipeline(config: Config) -> None:
+    if config.mesh.pp > 1:
+        rule = "training with pipeline stages is not built yet"
+        raise ConfigError("mesh.pp", config.mesh.pp, rule, "Set mesh.pp=1; `--cfg job` shows this recipe all the same.")
 
 
 def _check_world(config: Config, world_size: int) -> None:

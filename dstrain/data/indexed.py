@@ -161,15 +161,21 @@ class TokenWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            _flush(self._bin)
-            self._write_index()
-            idx_path(self._prefix).unlink(missing_ok=True)
-            os.replace(self._part(".bin"), bin_path(self._prefix))
-            os.replace(self._part(".idx"), idx_path(self._prefix))
-        else:
-            self._bin.close()
-            self._part(".bin").unlink()
+        try:
+            if kind is None:
+                self._put_in_place()
+            else:
+                self._bin.close()
+        finally:
+            self._part(".bin").unlink(missing_ok=True)
+            self._part(".idx").unlink(missing_ok=True)
+
+    def _put_in_place(self) -> None:
+        _flush(self._bin)
+        self._write_index()
+        idx_path(self._prefix).unlink(missing_ok=True)
+        os.replace(self._part(".bin"), bin_path(self._prefix))
+        os.replace(self._part(".idx"), idx_path(self._prefix))
 
     def _write_index(self) -> None:
         lengths = np.frombuffer(self._lengths, np.int32)

@@ -149,13 +149,24 @@ def tokenize(path: Path, out: Path, tokenizer: str, text_key: str, workers: int 
     workers = _num_workers() if workers is None else workers
     start = time.perf_counter()
     total = sum(file.stat().st_size for file in source_files(path))
-    with TokenWriter(out, dtype) as writer, _progress(path, total) as advance:
+    with _write_errors(out), TokenWriter(out, dtype) as writer, _progress(path, total) as advance:
         for batch in _encode_all(read_documents(path, text_key), tokenizer, workers):
             writer.add(batch.tokens, batch.lengths, batch.ends)
             advance(batch.read_bytes, writer.num_tokens)
         if not writer.num_documents:
             raise UserError(f"data.path={path} holds no text. Give a corpus with at least one document.")
     return Report(out, writer.num_documents, writer.num_tokens, total, time.perf_counter() - start)
+
+
+@contextmanager
+def _write_errors(out: Path) -> Iterator[None]:
+    """What cannot be read is reported where it is read; any other trouble with files is that of the output."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{out}.bin could not be written: {error.strerror or error}. Make room, or set data.cache_dir or out."
+        ) from error
 
 
 @contextmanager

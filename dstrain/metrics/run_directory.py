@@ -13,6 +13,8 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
@@ -61,10 +63,11 @@ class RunDirectory:
         except OSError as error:
             with file:
                 raise self._refusal(file, error) from error
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-        file.flush()
         self._lock = file
+        with self.writing():
+            file.truncate(0)
+            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+            file.flush()
 
     def unlock(self) -> None:
         """Gives the directory back. `.lock` stays: removing it would race with the next holder."""
@@ -76,9 +79,15 @@ class RunDirectory:
         """Appends what this process runs on to environment.json: a list with one entry a start, oldest first."""
         entries = json.loads(self.environment_json.read_text()) if self.environment_json.exists() else []
         fresh = self.path / "environment.json.new"
-        try:
+        with self.writing():
             fresh.write_text(json.dumps([*entries, environment(world_size)], indent=2) + "\n")
             os.replace(fresh, self.environment_json)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turns an OSError into a UserError about this directory."""
+        try:
+            yield
         except OSError as error:
             raise self._unusable(error) from error
 

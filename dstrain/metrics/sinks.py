@@ -3,7 +3,8 @@
 A record is a flat mapping with these keys; a figure that is unknown is None or absent:
 
     step, tokens                            position in the run: optimiser steps, and tokens trained on, so far
-    loss, loss_main, loss_mtp, loss_balance nats per token, over the global batch
+    loss, loss_main, loss_mtp               nats per token, over the global batch
+    loss_balance, loss_z                    without their weights; 0 where the weight is 0
     lr, grad_norm                           the norm is that of the whole gradient, before clipping
     tokens_per_s, tokens_per_s_per_gpu, mfu mfu is a share of the peak, 0 to 1
     step_ms, comm_exposed_ms, memory_gib    wall time, of it waiting for the network; peak on the worst rank
@@ -48,15 +49,18 @@ class JsonlSink:
         try:
             if resume_step is not None and path.exists():
                 drop_after(path, resume_step)
-            self._file = path.open("a", encoding="utf-8")
+            # Without a buffer, for what cannot be written would be tried again when the file is closed.
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise self._unwritable(error) from error
 
     def log(self, record: Record) -> None:
         line = json.dumps({key: _valid(value) for key, value in record.items()}, allow_nan=False)
+        rest = memoryview(f"{line}\n".encode())
         try:
-            self._file.write(line + "\n")
-            self._file.flush()
+            while rest:
+                # A disk that is nearly full takes a part.
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise self._unwritable(error) from error
 

@@ -15,7 +15,7 @@ from dstrain.metrics.sinks import Record
 
 # Section of the W&B page in which a figure appears; `step`, `tokens` and moe/... keep their names.
 SECTIONS = {
-    "train": ("loss", "loss_main", "loss_mtp", "loss_balance", "lr", "grad_norm"),
+    "train": ("loss", "loss_main", "loss_mtp", "loss_balance", "loss_z", "lr", "grad_norm"),
     "perf": ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "step_ms", "comm_exposed_ms", "memory_gib"),
 }
 NAMES = {field: f"{section}/{field}" for section, fields in SECTIONS.items() for field in fields}
@@ -28,7 +28,8 @@ class WandbSink:
         """Starts or continues the W&B run of a run directory; `config` is what its page shows as the configuration."""
         wandb = _import_wandb()
         run_id = run.wandb_id.read_text().strip() if run.wandb_id.exists() else secrets.token_hex(4)
-        run.wandb_id.write_text(run_id + "\n")
+        with run.writing():
+            run.wandb_id.write_text(run_id + "\n")
         # Its own capture of the terminal would fight with the live display.
         settings = wandb.Settings(silent=True, console="off")
         try:

@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from time import monotonic
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ from dstrain.metrics.sinks import JsonlSink, Sink
 from dstrain.metrics.wandb import WandbSink
 from dstrain.parallel.apply import build_model
 from dstrain.plan.count import parameters
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 # What a process that saved and stopped on request leaves with (EX_TEMPFAIL): "start me again".
 STOPPED = 75
@@ -77,11 +80,9 @@ def _train(config: Config, groups: Groups, directory: RunDirectory, stack: ExitS
     )
     stack.callback(checkpoints.finish)
     restore(trainer, checkpoints, config)
-    if is_first:
-        load.save(config, directory.config_yaml)
-        directory.write_environment(groups.place.world)
     console = Console(config.train.steps, trainer.progress.step, config.metrics.console_every_steps)
-    sinks = open_sinks(config, directory, trainer.progress.step, console) if is_first else ()
+    on_first(lambda: describe(config, directory, groups.place.world), group)
+    sinks = together(lambda: open_sinks(config, directory, trainer.progress.step, console) if is_first else (), group)
     for sink in sinks:
         stack.callback(sink.close)
     if is_first:
@@ -99,7 +100,7 @@ def open_loader(config: Config) -> Loader:
     return Loader(config.data, seq_len=train.seq_len, lookahead=lookahead, seed=train.seed, vocab_size=model.vocab_size)
 
 
-def with_vocabulary(config: Config, loader: Loader) -> Config:
+def with_vocabulary(config: AnyConfig, loader: Loader) -> AnyConfig:
     """model.vocab_size=None becomes the tokenizer's, rounded up to a multiple of 64."""
     if config.model.vocab_size is not None:
         return config
@@ -171,6 +172,13 @@ class PrefetchedBatches:
         self._ready.close()  # type: ignore[attr-defined]
 
 
+def describe(config: Config, directory: RunDirectory, world_size: int) -> None:
+    """Writes what is run, and on what, beside the results."""
+    with directory.writing():
+        load.save(config, directory.config_yaml)
+    directory.write_environment(world_size)
+
+
 def open_sinks(config: Config, directory: RunDirectory, step: int, console: Console) -> tuple[Sink, ...]:
     sinks: list[Sink] = [console, JsonlSink(directory.metrics_jsonl, resume_step=step)]
     if config.metrics.wandb != "disabled":
@@ -180,28 +188,37 @@ def open_sinks(config: Config, directory: RunDirectory, step: int, console: Cons
 
 def run_steps(trainer: Trainer, checkpoints: Checkpointer, sinks: tuple[Sink, ...]) -> None:
     """Steps until the last one or a requested stop; either way the state is saved before this returns or raises."""
-    every, stop_request = trainer.config.checkpoint.every_steps, StopRequest()
-    saved_step = trainer.progress.step if trainer.progress.step in checkpoints.steps() else None
-    stopped = False
-    with stop_request:
+    every, saved_steps = trainer.config.checkpoint.every_steps, on_first(checkpoints.steps, checkpoints.group)
+    stopped, problem = False, None
+    with StopRequest() as stop_request:
         while trainer.progress.step < trainer.config.train.steps and not stopped:
-            report = trainer.step(stop=stop_request.received)
-            log(report, trainer, sinks)
+            report = trainer.step(stop=stop_request.received or problem is not None)
+            problem = problem or log(report, trainer, sinks)
             stopped = report.stop
             if every and trainer.progress.step % every == 0:
-                saved_step = save(trainer, checkpoints)
-    if saved_step != trainer.progress.step:
-        save(trainer, checkpoints)
-    checkpoints.finish()
+                saved_steps.append(save(trainer, checkpoints))
+        if trainer.progress.step not in saved_steps:
+            save(trainer, checkpoints)
+        checkpoints.finish()
+    together(lambda: _raise(problem), checkpoints.group)
     if stopped and trainer.progress.step < trainer.config.train.steps:
         raise SystemExit(STOPPED)
 
 
-def log(report: StepReport, trainer: Trainer, sinks: tuple[Sink, ...]) -> None:
-    if sinks:
-        record = step_record(report, trainer.config, trainer.groups.place.world)
+def _raise(problem: UserError | None) -> None:
+    if problem is not None:
+        raise problem
+
+
+def log(report: StepReport, trainer: Trainer, sinks: tuple[Sink, ...]) -> UserError | None:
+    """Gives a step to the sinks. What fails, fails on the first rank alone: the others learn of it when they stop."""
+    try:
+        record = step_record(report, trainer.config, trainer.groups.place.world) if sinks else {}
         for sink in sinks:
             sink.log(record)
+    except UserError as error:
+        return error
+    return None
 
 
 def save(trainer: Trainer, checkpoints: Checkpointer) -> int:
@@ -211,20 +228,32 @@ def save(trainer: Trainer, checkpoints: Checkpointer) -> int:
 
 
 class StopRequest:
-    """SIGINT, SIGTERM and SIGUSR2 (Slurm's warning) ask for a checkpoint and an end; a second one ends at once."""
+    """SIGINT, SIGTERM and SIGUSR2 (Slurm's warning) ask for a checkpoint and an end; one more, later, ends at once.
+
+    Signals that follow closely are the same request: Ctrl-C reaches every process of a terminal, and torchrun, which
+    gets it too, passes it on to the processes it has started.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    SAME_REQUEST_S = 3.0
 
     def __init__(self) -> None:
-        self.received = False
+        self._first: float | None = None
+
+    @property
+    def received(self) -> bool:
+        return self._first is not None
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
         return self
 
     def _receive(self, number: int, frame: Any) -> None:
-        self.received = True
-        self._restore()
+        now = monotonic()
+        self._first = now if self._first is None else self._first
+        if now - self._first > self.SAME_REQUEST_S:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

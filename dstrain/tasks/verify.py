@@ -9,11 +9,14 @@ loss and the gradient norm of every step, every gradient of the first step, and 
 Gradients are compared before the first update because there both sides hold the same weights bit by bit.
 """
 
+import multiprocessing
 import os
 import socket
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf, prod
 from pathlib import Path
@@ -21,7 +24,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 from torch import multiprocessing as mp
 
@@ -34,12 +37,14 @@ from dstrain.errors import UserError
 from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import Groups, Place, connect, disconnect
 from dstrain.parallel.apply import build_model
-from dstrain.tasks.pretrain import open_loader
+from dstrain.tasks.pretrain import open_loader, with_vocabulary
 
 # Vocabulary of the random tokens that stand in for text when none is given.
 RANDOM_TOKENS = 256
 # Rows of the table for gradients and for parameters.
 WORST = 8
+# Where the rank that fails first says why.
+PROBLEM = "problem.txt"
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,11 @@ def run(config: VerifyRoot) -> None:
 
 
 def prepare(config: VerifyRoot) -> VerifyRoot:
-    """FP32 throughout and a vocabulary for random tokens; the rest is as asked."""
+    """FP32 throughout and a vocabulary, the tokenizer's or one for random tokens; the rest is as asked."""
     config = replace(config, precision=PrecisionConfig("float32", "float32", "float32"))
-    if config.data.path is None and not config.data.blend and config.model.vocab_size is None:
+    if has_text(config):
+        return with_vocabulary(config, open_loader(config))
+    if config.model.vocab_size is None:
         config = replace(config, model=replace(config.model, vocab_size=RANDOM_TOKENS))
     return config
 
@@ -77,9 +84,15 @@ def prepare(config: VerifyRoot) -> VerifyRoot:
 
 
 def run_processes(worker: Callable[..., None], config: VerifyRoot, mesh: Mesh, folder: Path) -> dict[str, Any]:
-    """Runs `worker` on every rank of `mesh` and puts together what the ranks wrote."""
+    """Runs `worker` on every rank of `mesh` and puts together what the ranks wrote.
+
+    UserError if a rank fails, dies, or has not finished in time; no process outlives the call.
+    """
     folder.mkdir()
-    context = mp.spawn(worker, (config, mesh, _free_port(), str(folder)), nprocs=mesh.world, join=False)
+    # Forked from a server that has imported torch once: eight ranks start as fast as one.
+    multiprocessing.set_forkserver_preload([__name__])
+    arguments = (worker, config, mesh, _free_port(), folder)
+    context = mp.start_processes(_rank, arguments, nprocs=mesh.world, join=False, start_method="forkserver")
     deadline = time.monotonic() + config.verify.timeout_s
     try:
         while not context.join(timeout=1.0):
@@ -89,11 +102,28 @@ def run_processes(worker: Callable[..., None], config: VerifyRoot, mesh: Mesh, f
                     "Give a smaller model or fewer steps, or raise it if the machine is slow."
                 )
     except mp.ProcessRaisedException as error:
-        raise UserError(f"a process of {mesh} failed:\n{error}") from error
+        problem = folder / PROBLEM
+        raise UserError(problem.read_text() if problem.exists() else str(error)) from error
+    except mp.ProcessExitedException as error:
+        raise UserError(f"rank {error.error_index} died: {error}. Has the machine run out of memory?") from error
     finally:
         for process in context.processes:
             process.kill()
+            process.join()
     return assemble([torch.load(path, weights_only=True) for path in sorted(folder.glob("rank-*.pt"))])
+
+
+def _rank(rank: int, worker: Callable[..., None], config: VerifyRoot, mesh: Mesh, port: int, folder: Path) -> None:
+    """Runs `worker`; of several ranks that fail, the first is the cause and gets to say what happened."""
+    try:
+        worker(rank, config, mesh, port, folder)
+    except Exception as error:
+        mistake = isinstance(error, UserError)
+        where = "" if mistake else f"\n{traceback.format_exc()}"
+        said = str(error) if mistake else f"rank {rank} of {mesh.world} failed: {type(error).__name__}: {error}{where}"
+        with suppress(FileExistsError), (folder / PROBLEM).open("x") as file:
+            file.write(said)
+        raise
 
 
 def _free_port() -> int:
@@ -102,13 +132,13 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _reference(rank: int, config: VerifyRoot, mesh: Mesh, port: int, folder: str) -> None:
+def _reference(rank: int, config: VerifyRoot, mesh: Mesh, port: int, folder: Path) -> None:
     groups = _join(rank, mesh, port)
     model = build_model(config, groups)
     _steps(Trainer(config, groups, model, PlainEngine(model, config.optim), batches(config), Progress()), folder)
 
 
-def _layout(rank: int, config: VerifyRoot, mesh: Mesh, port: int, folder: str) -> None:
+def _layout(rank: int, config: VerifyRoot, mesh: Mesh, port: int, folder: Path) -> None:
     groups = _join(rank, mesh, port)
     model = build_model(config, groups)
     _steps(Trainer(config, groups, model, make_engine(model, config, groups), batches(config), Progress()), folder)
@@ -121,13 +151,18 @@ def _join(rank: int, mesh: Mesh, port: int) -> Groups:
     if Path("/sys/class/net/lo").exists():
         # The host name of a container may not resolve; everything is on this machine.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.world))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.world))
     return connect(mesh, Place(rank, mesh.world, torch.device("cpu")))
+
+
+def has_text(config: Config) -> bool:
+    return config.data.path is not None or bool(config.data.blend)
 
 
 def batches(config: Config) -> Batches:
     """The loader's samples, or random tokens that depend on the sample's position only."""
-    if config.data.path is not None or config.data.blend:
+    if has_text(config):
         return open_loader(config).batch
 
     def random(first: int, count: int) -> Tensor:
@@ -139,7 +174,7 @@ def batches(config: Config) -> Batches:
     return random
 
 
-def _steps(trainer: Trainer, folder: str) -> None:
+def _steps(trainer: Trainer, folder: Path) -> None:
     """Runs the steps and writes this rank's losses, first gradients and last parameters."""
     grads: dict[str, tuple[Any, ...]] = {}
     engine, losses, norms = trainer.engine, [], []
@@ -159,7 +194,7 @@ def _steps(trainer: Trainer, folder: str) -> None:
     state = {name: _packed(shard) for name, shard in trainer.state().items()}
     state = {name.partition("/")[2]: shard for name, shard in state.items() if not name.startswith("exp_avg")}
     result = {"losses": losses, "norms": norms, "grads": grads, "parameters": state}
-    torch.save(result, Path(folder, f"rank-{trainer.groups.place.rank:05d}.pt"))
+    torch.save(result, folder / f"rank-{trainer.groups.place.rank:05d}.pt")
 
 
 def _packed(shard: FlatShard) -> tuple[Any, ...]:
@@ -217,16 +252,17 @@ def _error(ours: Tensor, reference: Tensor) -> float:
 def print_table(differences: list[Difference], config: VerifyRoot, mesh: Mesh) -> bool:
     """The worst rows of each kind, and a verdict; whether anything was off."""
     tolerance, console = config.verify.tolerance, Console(highlight=False)
-    table = Table("", "relative error", f"at most {tolerance:.0e}", "tensor")
+    table = Table("", "relative error", Column("tensor", overflow="fold"))
     for what in ("loss", "gradient norm", "gradient", "parameter"):
         rows = [row for row in differences if row.what == what]
         for row in rows[:WORST]:
-            table.add_row(what, f"{row.error:.1e}", "yes" if row.error <= tolerance else "NO", row.name)
+            mark = "" if row.error <= tolerance else " TOO FAR"
+            table.add_row(what, f"{row.error:.1e}{mark}", row.name, style="red" if mark else None)
         if len(rows) > WORST:
-            table.add_row(what, f"<= {rows[WORST].error:.1e}", "", f"{len(rows) - WORST} others", end_section=True)
+            table.add_row(what, f"<= {rows[WORST].error:.1e}", f"{len(rows) - WORST} others", end_section=True)
     failed = [row for row in differences if not row.error <= tolerance]
     console.print(table)
     layout = f"pp={mesh.pp} ep={mesh.ep} dp={mesh.dp} ({mesh.world} processes), engine {config.engine.name}"
     verdict = f"DIFFERS in {len(failed)} of {len(differences)} figures from" if failed else "computes the same as"
-    console.print(f"{layout}: {verdict} one process, {config.verify.steps} steps in FP32.")
+    console.print(f"{layout}: {verdict} one process ({config.verify.steps} steps in FP32, tolerance {tolerance:.0e}).")
     return bool(failed)

@@ -65,8 +65,10 @@ def _run(
             timeout=timedelta(seconds=timeout_s),
         )
         result = fn(rank, world_size, *args)
-        dist.barrier()
-        dist.destroy_process_group()
+        # A whole training run leaves the group itself.
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
         sender.send_bytes(pickle.dumps((True, result)))
     except BaseException:
         sender.send_bytes(pickle.dumps((False, traceback.format_exc())))

@@ -1,0 +1,214 @@
+"""The proof itself is put to the test: it passes what is right, fails what is wrong, and never hangs."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+from math import inf, nan
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dstrain.config import load
+from dstrain.config.schema import VerifyConfig, VerifyRoot
+from dstrain.errors import UserError
+from dstrain.mesh.axes import Mesh
+from dstrain.tasks import verify
+from dstrain.tasks.verify import Difference, assemble, compare, print_table, run_processes
+
+LIMITED = VerifyRoot(verify=VerifyConfig(timeout_s=60))
+
+
+def figures(**changed: Any) -> dict[str, Any]:
+    made = {
+        "losses": [5.0, 4.0],
+        "norms": [1.0, 1.0],
+        "grads": {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([0.0, 4.0])},
+        "parameters": {"a": torch.tensor([3.0]), "b": torch.tensor([0.0])},
+    }
+    return made | changed
+
+
+# -- comparison -------------------------------------------------------------------------------------------------------
+
+
+def test_equal_figures_do_not_differ():
+    assert [row.error for row in compare(figures(), figures())] == [0.0] * 6
+
+
+def test_errors_are_relative_to_the_largest_value_and_worst_first():
+    layout = figures(losses=[5.0, 4.5], grads={"a": torch.tensor([1.0, -2.002]), "b": torch.tensor([0.4, 4.0])})
+    found = compare(figures(), layout)
+    assert [(row.what, row.name) for row in found[2:4]] == [("gradient", "b"), ("gradient", "a")]
+    assert [row.error for row in found[:4]] == pytest.approx([0.1, 0, 0.1, 0.001], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "grads",
+    [
+        {"a": torch.tensor([1.0, -2.0])},
+        {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([0.0, 4.0, 0.0])},
+        {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([nan, 4.0])},
+    ],
+    ids=["missing", "misshapen", "not a number"],
+)
+def test_what_cannot_be_compared_is_infinitely_off(grads: dict[str, torch.Tensor]):
+    worst = compare(figures(), figures(grads=grads))[2]
+    assert (worst.name, worst.error) == ("b", inf)
+
+
+def test_a_gradient_where_there_is_none_is_infinitely_off():
+    layout = figures(parameters={"a": torch.tensor([3.0]), "b": torch.tensor([1e-9])})
+    assert compare(figures(), layout)[4] == Difference("parameter", "b", inf)
+
+
+def test_a_range_that_no_rank_holds_is_seen():
+    part = {"a": ((4,), 0, torch.ones(3))}
+    joined = assemble([{"losses": [1.0], "norms": [1.0], "grads": part, "parameters": {}}])
+    whole = joined | {"grads": {"a": torch.ones(4)}}
+    assert compare(whole, joined)[2].error == inf
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def table(capsys: pytest.CaptureFixture, *rows: Difference) -> tuple[bool, str]:
+    failed = print_table(list(rows), VerifyRoot(), Mesh(1, 2, 4))
+    return failed, capsys.readouterr().out
+
+
+def test_a_table_without_a_mismatch(capsys: pytest.CaptureFixture):
+    failed, out = table(capsys, Difference("loss", "of any step", 0.0), Difference("gradient", "a", 9e-6))
+    assert not failed
+    assert "pp=1 ep=4 dp=2 (8 processes), engine torch: computes the same as one process" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("error", [1.1e-5, inf, nan])
+def test_a_mismatch_is_marked(capsys: pytest.CaptureFixture, error: float):
+    failed, out = table(capsys, Difference("loss", "of any step", 0.0), Difference("gradient", "a", error))
+    assert failed
+    assert "DIFFERS in 1 of 2 figures" in out
+    (row,) = [line for line in out.splitlines() if "TOO FAR" in line]
+    assert "gradient" in row
+
+
+def test_long_names_are_whole_in_a_narrow_terminal(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "mtp.0.layer.moe.shared.gate_up.weight"
+    _, out = table(capsys, Difference("gradient norm", "of any step", 1.0), Difference("gradient", name, 1.0))
+    assert name in out
+    assert all(len(line) <= 80 for line in out.splitlines())
+
+
+def test_many_rows_are_summed_up(capsys: pytest.CaptureFixture):
+    rows = [Difference("gradient", f"layers.{n}", 1e-6 / (1 + n)) for n in range(20)]
+    _, out = table(capsys, *rows)
+    assert "layers.7" in out
+    assert "layers.8" not in out
+    assert "12 others" in out
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("mesh.ep=2",),
+        ("mesh.dp=2", "model.mtp.depth=0", "train.recompute=[norm,mla_up,swiglu]"),
+        ("mesh.ep=2", "mesh.dp=2", "train.recompute=[layer]"),
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_layouts_compute_the_same(overrides: tuple[str, ...], capsys: pytest.CaptureFixture):
+    verify.run(load.compose("verify", [*overrides, "verify.steps=2"]))
+    assert "computes the same as one process" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_deepspeed_computes_the_same(capsys: pytest.CaptureFixture):
+    pytest.importorskip("deepspeed")
+    verify.run(load.compose("verify", ["mesh.ep=2", "engine=deepspeed", "verify.steps=2"]))
+    assert "computes the same as one process" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_mismatch_exits_with_1(capsys: pytest.CaptureFixture):
+    """Rounding alone, under a tolerance that allows for none."""
+    with pytest.raises(SystemExit) as left:
+        verify.run(load.compose("verify", ["mesh.ep=2", "verify.steps=1", "verify.tolerance=1e-12"]))
+    assert left.value.code == 1
+    assert "DIFFERS in" in capsys.readouterr().out
+
+
+def test_a_broken_layout_is_found(tmp_path: Path):
+    """An engine that forgets to add up the gradients of the ranks."""
+    config = verify.prepare(load.compose("verify", ["mesh.dp=2", "verify.steps=1"]))
+    alone = replace(config, mesh=replace(config.mesh, dp=1))
+    reference = run_processes(verify._reference, alone, Mesh(), tmp_path / "one")
+    layout = run_processes(without_the_sum, config, Mesh(1, 2, 1), tmp_path / "layout")
+    errors = {(row.what, row.name): row.error for row in compare(reference, layout)}
+    assert errors["loss", "of any step"] < 1e-6
+    assert min(error for (what, _), error in errors.items() if what == "gradient") > 1e-3
+
+
+def without_the_sum(rank: int, config: VerifyRoot, mesh: Mesh, port: int, folder: Path) -> None:
+    from dstrain.engine.plain import PlainEngine
+
+    verify.make_engine = lambda model, made, groups: PlainEngine(model, made.optim)
+    verify._layout(rank, config, mesh, port, folder)
+
+
+def test_text_can_be_given(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "corpus.txt").write_text("Is this the same? " * 50)
+    text = [f"data.path={tmp_path / 'corpus.txt'}", f"data.cache_dir={tmp_path / 'tokens'}"]
+    verify.run(load.compose("verify", ["mesh.ep=2", "verify.steps=1", *text]))
+    assert "computes the same as one process" in " ".join(capsys.readouterr().out.split())
+
+
+def test_text_must_be_there(tmp_path: Path):
+    with pytest.raises(UserError) as mistake:
+        verify.run(load.compose("verify", ["mesh.ep=2", f"data.path={tmp_path / 'nowhere.txt'}"]))
+    assert str(mistake.value).startswith(f"data.path={tmp_path / 'nowhere.txt'} does not exist.")
+    assert "\n" not in str(mistake.value)
+
+
+def fail_on_second(rank: int, config: VerifyRoot, mesh: Mesh, port: int, folder: Path) -> None:
+    verify._join(rank, mesh, port)
+    if rank == 1:
+        raise ValueError("no more tokens")
+    dist.barrier()
+
+
+def die_on_second(rank: int, config: VerifyRoot, mesh: Mesh, port: int, folder: Path) -> None:
+    verify._join(rank, mesh, port)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def hang(rank: int, config: VerifyRoot, mesh: Mesh, port: int, folder: Path) -> None:
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def test_a_rank_that_fails_says_why(tmp_path: Path):
+    with pytest.raises(UserError, match="^rank 1 of 2 failed: ValueError: no more tokens\n") as mistake:
+        run_processes(fail_on_second, LIMITED, Mesh(1, 1, 2), tmp_path / "run")
+    assert 'raise ValueError("no more tokens")' in str(mistake.value)
+
+
+def test_a_rank_that_dies_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="(?s)rank 1.*SIGKILL"):
+        run_processes(die_on_second, LIMITED, Mesh(1, 1, 2), tmp_path / "run")
+
+
+def test_a_hang_is_ended(tmp_path: Path):
+    config = VerifyRoot(verify=VerifyConfig(timeout_s=3))
+    with pytest.raises(UserError, match="verify.timeout_s=3: 2 processes have not finished by then"):
+        run_processes(hang, config, Mesh(1, 1, 2), tmp_path / "run")
+    for path in (tmp_path / "run").glob("pid-*"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
