@@ -77,6 +77,9 @@ def connect(mesh: Mesh, place: Place, timeout_s: float = 600.0) -> Groups:
             raise RuntimeError(f"rank {place.rank} is in none of the groups {rank_lists}")
         return Peers(group, trace)
 
+    everyone = dist.group.WORLD
+    if everyone is None:
+        raise RuntimeError("there is no default process group though it was just joined")
     return Groups(
         mesh,
         place,
@@ -85,7 +88,7 @@ def connect(mesh: Mesh, place: Place, timeout_s: float = 600.0) -> Groups:
         ep=mine(mesh.ep_groups()),
         expert_data=mine(mesh.expert_data_groups()),
         data=mine(mesh.data_groups()),
-        world=Peers(dist.group.WORLD, trace),
+        world=Peers(everyone, trace),
         background=dist.new_group(backend="gloo", timeout=timeout),
     )
 
