@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dstrain.comm.collectives import all_reduce_sum
 from dstrain.config.schema import Config
+from dstrain.engine.optimizer import square_sum
 from dstrain.engine.state import FlatShard, Shards
 from dstrain.errors import ConfigError
 from dstrain.mesh.groups import Groups
@@ -118,7 +119,7 @@ class DeepSpeedEngine:
         self._zero._wait_for_offload_copies()
         squares = torch.zeros((), dtype=torch.float64, device=self.groups.place.device)
         for _, shard in self.gradients():
-            squares += torch.linalg.vector_norm(shard.local, dtype=torch.float64).square().to(squares.device)
+            squares += square_sum(shard.local).to(squares.device)
         self._norm = all_reduce_sum(squares, self.groups.world).sqrt().item()
         return self._norm
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dstrain.comm.collectives import AllGather, Peers, ReduceScatter, all_reduce_sum
 from dstrain.config.schema import Config
-from dstrain.engine.optimizer import AdamShard
+from dstrain.engine.optimizer import AdamShard, square_sum
 from dstrain.engine.state import FlatShard, Shards
 from dstrain.mesh.groups import Groups
 from dstrain.model.transformer import Transformer
@@ -223,7 +223,7 @@ class ShardedEngine:
         for bucket in self.buckets:
             bucket.grad_share = bucket.reducing.wait() if bucket.reducing else bucket.grad
             bucket.reducing = None
-            squares += torch.linalg.vector_norm(bucket.grad_share, dtype=torch.float64).square()
+            squares += square_sum(bucket.grad_share)
         self._norm = all_reduce_sum(squares, self.groups.world).sqrt().item()
         return self._norm
 

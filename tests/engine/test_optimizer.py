@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dstrain.config.schema import OptimConfig
 from dstrain.engine import optimizer
-from dstrain.engine.optimizer import AdamShard
+from dstrain.engine.optimizer import AdamShard, square_sum
 
 OPTIM = OptimConfig(beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3)
 
@@ -110,3 +110,10 @@ def test_narrow_moments_learn_as_well():
     assert wide[-1] < 0.9 * wide[0]
     assert narrow != wide
     assert narrow == pytest.approx(wide, rel=0.01)
+
+
+def test_the_sum_of_squares_of_a_long_vector_keeps_its_digits() -> None:
+    vector = torch.randn(3_000_001, generator=torch.Generator().manual_seed(0))
+    exact = vector.double().square().sum()
+    torch.testing.assert_close(square_sum(vector), exact, rtol=3e-7, atol=0)
+    torch.testing.assert_close(square_sum(vector[:0]), torch.zeros((), dtype=torch.float64))
