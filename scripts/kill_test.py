@@ -9,9 +9,10 @@ One run trains without interruption. Another one, with the same config, is kille
     step       somewhere in the middle of the steps
     saving     as soon as a checkpoint is being written (its directory still ends in .partial)
 
-Either all ranks are killed at once, or (not at the start) a single one, whose peers must then end by themselves. In the end every figure
-of metrics.jsonl that does not measure time, and every tensor of the last checkpoint, must equal those of the first run
-bit by bit, and no checkpoint that was complete may have been lost on the way. Leaves with 1 if anything differs.
+Either all ranks are killed at once, or (not at the start) a single one, whose peers must then end by themselves. In the
+end every figure of metrics.jsonl that does not measure time, and every tensor of the last checkpoint, must equal those
+of the first run bit by bit, and no checkpoint that was complete may have been lost on the way. Leaves with 1 if
+anything differs.
 """
 
 import argparse
