@@ -1,6 +1,6 @@
 """Training steps per second against plain transformers: the same model, the same batch, one process.
 
-    python scripts/bench_transformers.py [--rounds 7] [--threads 2] [--set train.seq_len=256 ...]
+    python scripts/bench_transformers.py [--rounds 7] [--warmup 8] [--threads 2] [--set train.seq_len=256 ...]
 
 The model is that of the tiny_cpu recipe. Both sides take turns, so that a busy machine disturbs them alike; a ratio is
 the median over rounds, with its range. Transformers runs as its documentation starts one: SDPA attention, its fastest
@@ -36,6 +36,7 @@ Step = Callable[[], None]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=8, help="rounds that are not counted")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--set", nargs="*", default=[], help="overrides of the recipe")
     options = parser.parse_args()
@@ -45,7 +46,7 @@ def main() -> None:
     batch = torch.randint(0, 256, (config.train.sequences, config.train.seq_len + 1 + config.model.mtp.depth))
     steps = {f"dstrain {dtype}": dstrain_step(config, batch, dtype) for dtype in ("float32", "bfloat16")}
     steps |= {f"transformers {mode}": transformers_step(config, batch, mode) for mode in ("float32", "autocast")}
-    report(measure(steps, options.rounds))
+    report(measure(steps, options.warmup, options.rounds))
 
 
 def dstrain_step(config: Config, batch: Tensor, dtype: str) -> Step:
@@ -83,14 +84,14 @@ def transformers_step(config: Config, batch: Tensor, mode: str) -> Step:
     return step
 
 
-def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every step; the first of each, which warms up, is left out."""
+def measure(steps: dict[str, Step], warmup: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every counted step."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for n in range(rounds + 1):
+    for n in range(warmup + rounds):
         for name, step in steps.items():
             began = time.perf_counter()
             step()
-            if n:
+            if n >= warmup:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
 

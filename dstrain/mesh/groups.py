@@ -31,7 +31,6 @@ class Place:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
             return Place(rank, world, device)
-        tune_cpu()
         return Place(rank, world, torch.device("cpu"))
 
 
@@ -60,6 +59,8 @@ def connect(mesh: Mesh, place: Place, timeout_s: float = 600.0) -> Groups:
     A peer that dies or stalls ends a collective with an error after `timeout_s` seconds at the latest.
     """
     trace, coordinate = Trace(place.device), mesh.coordinate(place.rank)
+    if place.device.type == "cpu":
+        tune_cpu()
     if place.world == 1:
         return Groups(mesh, place, coordinate, trace, None, None, None, None, None)
     timeout = timedelta(seconds=timeout_s)
