@@ -2,22 +2,25 @@
 
     python scripts/bench_transformers.py [--rounds 7] [--warmup 8] [--threads 2] [--set train.seq_len=256 ...]
 
-The model is that of the tiny_cpu recipe. Both sides take turns, so that a busy machine disturbs them alike; a ratio is
-the median over rounds, with its range. Transformers runs as its documentation starts one: SDPA attention, its fastest
-expert path, torch's AdamW with default settings; `autocast` is what its Trainer does for bf16=True.
+The model is that of the tiny_cpu recipe. Every variant has a process of its own, as its user would start it, and they
+take turns, so that a busy machine disturbs them alike; a ratio is the median over rounds, with its range.
+Transformers runs as its documentation starts one: SDPA attention, its fastest expert path, torch's AdamW with default
+settings; `autocast` is what its Trainer does for bf16=True.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from multiprocessing.connection import Connection
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch import multiprocessing as mp
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dstrain.checkpoint.huggingface_config import to_json
@@ -31,6 +34,7 @@ from dstrain.mesh.groups import Place, connect
 from dstrain.parallel.apply import build_model
 
 Step = Callable[[], None]
+MakeStep = Callable[[Config, Tensor, str], Step]
 
 
 def main() -> None:
@@ -40,13 +44,35 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--set", nargs="*", default=[], help="overrides of the recipe")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    overrides = ["+experiment=tiny_cpu", "data.path=random", "model.vocab_size=320", *options.set]
-    config = load.compose("train", overrides)
+    variants = {f"dstrain {dtype}": (dstrain_step, dtype) for dtype in ("float32", "bfloat16")}
+    variants |= {f"transformers {mode}": (transformers_step, mode) for mode in ("float32", "autocast")}
+    with ExitStack() as stack:
+        turns = {name: stack.enter_context(worker(options, *variant)) for name, variant in variants.items()}
+        report(measure(turns, options.warmup, options.rounds))
+
+
+@contextmanager
+def worker(options: argparse.Namespace, make: MakeStep, mode: str) -> Iterator[Connection]:
+    """A process that runs a step for everything it is sent, and answers with its seconds."""
+    context = mp.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(there, options.threads, options.set, make, mode), daemon=True)
+    process.start()
+    yield here
+    process.kill()
+
+
+def _work(pipe: Connection, threads: int, overrides: list[str], make: MakeStep, mode: str) -> None:
+    torch.set_num_threads(threads)
+    config = load.compose("train", ["+experiment=tiny_cpu", "model.vocab_size=320", *overrides])
+    torch.manual_seed(0)
     batch = torch.randint(0, 256, (config.train.sequences, config.train.seq_len + 1 + config.model.mtp.depth))
-    steps = {f"dstrain {dtype}": dstrain_step(config, batch, dtype) for dtype in ("float32", "bfloat16")}
-    steps |= {f"transformers {mode}": transformers_step(config, batch, mode) for mode in ("float32", "autocast")}
-    report(measure(steps, options.warmup, options.rounds))
+    step = make(config, batch, mode)
+    while True:
+        pipe.recv()
+        began = time.perf_counter()
+        step()
+        pipe.send(time.perf_counter() - began)
 
 
 def dstrain_step(config: Config, batch: Tensor, dtype: str) -> Step:
@@ -84,15 +110,17 @@ def transformers_step(config: Config, batch: Tensor, mode: str) -> Step:
     return step
 
 
-def measure(steps: dict[str, Step], warmup: int, rounds: int) -> dict[str, list[float]]:
+def measure(turns: dict[str, Connection], warmup: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of every counted step."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
     for n in range(warmup + rounds):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
+        for name, pipe in turns.items():
+            # The threads of whoever came before spin for a while before they leave the cores.
+            time.sleep(0.3)
+            pipe.send("step")
+            took = pipe.recv()
             if n >= warmup:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(took)
     return seconds
 
 

@@ -192,7 +192,8 @@ class ShardedEngine:
     def _arrived(self, bucket: Bucket, slot: Slot, parameter: Tensor) -> None:
         if parameter.grad is None:
             raise RuntimeError(f"{slot.logical.name} has no gradient though its hook ran")
-        bucket.grad[slot.start : slot.end] += parameter.grad.flatten()
+        # Widened first: torch adds mixed dtypes at a quarter of the speed.
+        bucket.grad[slot.start : slot.end] += parameter.grad.flatten().float()
         parameter.grad = None
         bucket.missing -= 1
         if self._overlapping and bucket.missing == 0:
