@@ -2,7 +2,7 @@
 
     python scripts/bench_transformers.py [--rounds 7] [--warmup 8] [--threads 2] [--set train.seq_len=256 ...]
 
-The model is that of the tiny_cpu recipe. Every variant has a process of its own, as its user would start it, and they
+The model is conf/model/tiny.yaml. Every variant has a process of its own, as its user would start it, and they
 take turns, so that a busy machine disturbs them alike; a ratio is the median over rounds, with its range.
 Transformers runs as its documentation starts one: SDPA attention, its fastest expert path, torch's AdamW with default
 settings; `autocast` is what its Trainer does for bf16=True.
@@ -34,6 +34,16 @@ from dstrain.mesh.groups import Place, connect
 from dstrain.parallel.apply import build_model
 
 Step = Callable[[], None]
+# 9M parameters, 4096 tokens in micro-batches of 1024.
+MODEL = [
+    "model=tiny",
+    "model.vocab_size=320",
+    "train.seq_len=256",
+    "train.sequences=16",
+    "train.micro_batch=4",
+    "data.path=python-stdlib",
+]
+
 MakeStep = Callable[[Config, Tensor, str], Step]
 
 
@@ -42,7 +52,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=8, help="rounds that are not counted")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--set", nargs="*", default=[], help="overrides of the recipe")
+    parser.add_argument("--set", nargs="*", default=[], help="overrides, such as +experiment=tiny_cpu")
     options = parser.parse_args()
     variants = {f"dstrain {dtype}": (dstrain_step, dtype) for dtype in ("float32", "bfloat16")}
     variants |= {f"transformers {mode}": (transformers_step, mode) for mode in ("float32", "autocast")}
@@ -64,7 +74,7 @@ def worker(options: argparse.Namespace, make: MakeStep, mode: str) -> Iterator[C
 
 def _work(pipe: Connection, threads: int, overrides: list[str], make: MakeStep, mode: str) -> None:
     torch.set_num_threads(threads)
-    config = load.compose("train", ["+experiment=tiny_cpu", "model.vocab_size=320", *overrides])
+    config = load.compose("train", [*MODEL, *overrides])
     torch.manual_seed(0)
     batch = torch.randint(0, 256, (config.train.sequences, config.train.seq_len + 1 + config.model.mtp.depth))
     step = make(config, batch, mode)

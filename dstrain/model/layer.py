@@ -74,6 +74,10 @@ class MoELayer(DecoderLayer):
     def dispatch(self, attended: Attended) -> Handle[Arrived]:
         return self.dispatcher.dispatch(attended.normed_BTD.flatten(0, 1), attended.route)
 
+    def shared(self, attended: Attended) -> Tensor:
+        """The residual stream plus the shared expert: what can be computed while a transfer is under way."""
+        return attended.x_BTD + self.moe.shared(attended.normed_BTD) if self.moe.shared else attended.x_BTD
+
     def experts(self, arrived: Arrived) -> Tensor:
         return self.moe.experts(arrived.rows_RD, arrived.counts)
 
@@ -91,9 +95,7 @@ class MoELayer(DecoderLayer):
     def exchange(self, attended: Attended) -> Tensor:
         """Dispatch, experts and combine, one after the other."""
         outbound = self.dispatch(attended)
-        y_BTD = attended.x_BTD
-        if self.moe.shared is not None:
-            y_BTD = y_BTD + self.moe.shared(attended.normed_BTD)
+        stream_BTD = self.shared(attended)
         arrived = outbound.wait()
         homebound = self.combine(self.experts(arrived), arrived)
-        return y_BTD + homebound.wait().view_as(y_BTD)
+        return stream_BTD + homebound.wait().view_as(stream_BTD)
