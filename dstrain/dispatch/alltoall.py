@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dstrain.comm.collectives import Peers, all_to_all, all_to_all_equal
 from dstrain.dispatch.contract import Arrived, Route, Then
-from dstrain.dispatch.permute import invert, reorder, sort_by_expert, spread, weighted_sum
+from dstrain.dispatch.permute import count_by_expert, invert, reorder, sort_by_expert, spread, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,17 @@ class AllToAllDispatcher:
 
     def dispatch(self, x_TD: Tensor, route: Route) -> Then[Arrived]:
         token_of_row, row_of_pair = sort_by_expert(route.experts_TK)
-        sent_PE = route.experts_TK.flatten().bincount(minlength=self.num_experts).view(self.peers.size, -1)
+        sent_PE = count_by_expert(route.experts_TK, self.num_experts).view(self.peers.size, -1)
         received_PE = all_to_all_equal(sent_PE, self.peers, "counts")
-        sent_rows, received_rows = sent_PE.sum(1).tolist(), received_PE.sum(1).tolist()
         rows_RD = spread(x_TD, token_of_row, row_of_pair)
+        # The one time that the host waits for the device.
+        sent_rows, received_rows = torch.stack((sent_PE.sum(1), received_PE.sum(1))).tolist()
         transfer = all_to_all(rows_RD, sent_rows, received_rows, self.peers, "dispatch")
 
         def arrive(arrived_RD: Tensor) -> Arrived:
-            by_expert_R = _order_by_expert(received_PE)
+            by_expert_R = _order_by_expert(received_PE, len(arrived_RD))
             ticket = _Ticket(route.weights_TK, row_of_pair, invert(by_expert_R), sent_rows, received_rows)
-            return Arrived(reorder(arrived_RD, by_expert_R), received_PE.sum(0).tolist(), ticket)
+            return Arrived(reorder(arrived_RD, by_expert_R), received_PE.sum(0), ticket)
 
         return Then(transfer, arrive)
 
@@ -54,7 +55,7 @@ class AllToAllDispatcher:
         return Then(transfer, lambda home_RD: weighted_sum(home_RD, ticket.weights_TK, ticket.row_of_pair_TK))
 
 
-def _order_by_expert(received_PE: Tensor) -> Tensor:
-    """The permutation [R] that takes rows sorted by (source, expert) to rows sorted by (expert, source)."""
+def _order_by_expert(received_PE: Tensor, rows: int) -> Tensor:
+    """The permutation of `rows` rows that takes rows sorted by (source, expert) to rows sorted by (expert, source)."""
     experts_PE = torch.arange(received_PE.shape[1], device=received_PE.device).expand_as(received_PE)
-    return experts_PE.flatten().repeat_interleave(received_PE.flatten()).argsort(stable=True)
+    return experts_PE.flatten().repeat_interleave(received_PE.flatten(), output_size=rows).argsort(stable=True)

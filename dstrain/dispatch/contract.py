@@ -8,7 +8,7 @@
 A handle is a transfer that has started; what is computed between start and wait hides it, and the same holds for its
 backward pass. Every transport is drop-in for every other. The layer never sees a process group.
 
-Shapes: T tokens of this rank, K experts per token, D hidden size, R rows that arrived here.
+Shapes: T tokens of this rank, K experts per token, D hidden size, R rows that arrived here, E experts held here.
 """
 
 from collections.abc import Callable
@@ -30,10 +30,11 @@ class Route:
 
 @dataclass(frozen=True)
 class Arrived:
-    """Rows for this rank's experts: the first counts[0] belong to its first expert, and so on."""
+    """Rows for this rank's experts: the first counts_E[0] belong to its first expert, and so on."""
 
     rows_RD: Tensor
-    counts: list[int]
+    # int64, on the device of the rows: nothing on the host depends on it.
+    counts_E: Tensor
     # What `combine` needs to find the way back; opaque to the layer.
     ticket: Any
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dstrain.dispatch.contract import Arrived, Ready, Route
-from dstrain.dispatch.permute import sort_by_expert, spread, weighted_sum
+from dstrain.dispatch.permute import count_by_expert, sort_by_expert, spread, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, route: Route) -> Ready[Arrived]:
         token_of_row, row_of_pair = sort_by_expert(route.experts_TK)
-        counts = route.experts_TK.flatten().bincount(minlength=self.num_experts).tolist()
+        counts_E = count_by_expert(route.experts_TK, self.num_experts)
         rows_RD = spread(x_TD, token_of_row, row_of_pair)
-        return Ready(Arrived(rows_RD, counts, _Ticket(route.weights_TK, row_of_pair)))
+        return Ready(Arrived(rows_RD, counts_E, _Ticket(route.weights_TK, row_of_pair)))
 
     def combine(self, rows_RD: Tensor, ticket: _Ticket) -> Ready[Tensor]:
         return Ready(weighted_sum(rows_RD, ticket.weights_TK, ticket.row_of_pair_TK))

@@ -53,6 +53,12 @@ def invert(order_R: Tensor) -> Tensor:
     return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
 
 
+def count_by_expert(experts_TK: Tensor, num_experts: int) -> Tensor:
+    """How many rows go to each expert, int64 [E]. The host would wait for the device in `bincount`."""
+    pairs_R = experts_TK.flatten()
+    return pairs_R.new_zeros(num_experts).scatter_add_(0, pairs_R, torch.ones_like(pairs_R))
+
+
 def sort_by_expert(experts_TK: Tensor) -> tuple[Tensor, Tensor]:
     """token_of_row [R] and row_of_pair [T, K]: rows in the order of their experts, then of tokens."""
     order_R = experts_TK.flatten().argsort(stable=True)

@@ -163,7 +163,8 @@ class Trainer:
         tokens = self.progress.tokens - before.tokens
         layers = self._balance(sums, tokens, bias_update_rate(self.config, before.tokens))
         if self.groups.place.device.type == "cuda":
-            torch.cuda.synchronize()
+            # Not the whole device: the gather of the new parameters goes on under the next forward pass.
+            torch.cuda.current_stream().synchronize()
         seconds, comm = time.perf_counter() - began, self.groups.trace.take()
         return StepReport(
             self.progress,

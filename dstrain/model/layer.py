@@ -79,7 +79,7 @@ class MoELayer(DecoderLayer):
         return attended.x_BTD + self.moe.shared(attended.normed_BTD) if self.moe.shared else attended.x_BTD
 
     def experts(self, arrived: Arrived) -> Tensor:
-        return self.moe.experts(arrived.rows_RD, arrived.counts)
+        return self.moe.experts(arrived.rows_RD, arrived.counts_E)
 
     def combine(self, rows_RD: Tensor, arrived: Arrived) -> Handle[Tensor]:
         return self.dispatcher.combine(rows_RD, arrived.ticket)

@@ -38,13 +38,13 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(len(held), 2 * width, hidden))
         self.down = nn.Parameter(torch.empty(len(held), hidden, width))
 
-    def lower(self, gate_up: Tensor, counts: list[int]) -> Tensor:
+    def lower(self, gate_up: Tensor, counts_E: Tensor) -> Tensor:
         """From the input of the activation on; a method of its own, so that it can be computed again."""
-        return grouped_linear(swiglu(gate_up), self.down, counts)
+        return grouped_linear(swiglu(gate_up), self.down, counts_E)
 
-    def forward(self, rows_RD: Tensor, counts: list[int]) -> Tensor:
-        """Rows sorted by expert, `counts` of them each, through their experts: [R, D]."""
-        return self.lower(grouped_linear(rows_RD, self.gate_up, counts), counts)
+    def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows sorted by expert, `counts_E` of them each, through their experts: [R, D]."""
+        return self.lower(grouped_linear(rows_RD, self.gate_up, counts_E), counts_E)
 
 
 class MoE(nn.Module):

@@ -20,14 +20,14 @@ def _pair_of_turns(turns: float, dims: int, rope: RopeConfig) -> float:
     return dims * math.log(rope.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
 
-def inverse_frequencies(dims: int, rope: RopeConfig) -> Tensor:
+def inverse_frequencies(dims: int, rope: RopeConfig, device: torch.device | None = None) -> Tensor:
     """Radians per position of each pair, FP32 [R/2]."""
-    plain = rope.theta ** (-torch.arange(0, dims, 2, dtype=torch.float32) / dims)
+    plain = rope.theta ** (-torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims)
     if rope.yarn_factor <= 1:
         return plain
     low = max(math.floor(_pair_of_turns(rope.beta_fast, dims, rope)), 0)
     high = min(math.ceil(_pair_of_turns(rope.beta_slow, dims, rope)), dims - 1)
-    ramp = (torch.arange(dims // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    ramp = (torch.arange(dims // 2, dtype=torch.float32, device=device) - low) / max(high - low, 0.001)
     stretched_share = ramp.clamp(0, 1)
     return plain * (1 - stretched_share) + plain / rope.yarn_factor * stretched_share
 
@@ -45,7 +45,7 @@ def softmax_scale(head_dim: int, rope: RopeConfig) -> float:
 def rotation(positions_T: Tensor, dims: int, rope: RopeConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the positions, each FP32 [T, R/2] on the device of `positions_T`."""
     gain = temperature(rope.yarn_factor, rope.mscale) / temperature(rope.yarn_factor, rope.mscale_all_dim)
-    angles = positions_T.float()[:, None] * inverse_frequencies(dims, rope).to(positions_T.device)
+    angles = positions_T.float()[:, None] * inverse_frequencies(dims, rope, positions_T.device)
     return angles.cos() * gain, angles.sin() * gain
 
 

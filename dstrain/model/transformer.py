@@ -107,8 +107,9 @@ class Transformer(nn.Module):
         parts_4 = torch.stack((main, mtp, balance, z)) / total_sequences
         router = self.config.router
         weight = self.config.mtp.loss_weight if mtp_weight is None else mtp_weight
-        weights_4 = parts_4.new_tensor((1.0, weight, router.balance_loss_weight, router.z_loss_weight))
-        return StepLoss(total=parts_4 @ weights_4, parts_4=parts_4.detach(), reports=reports)
+        weights = (1.0, weight, router.balance_loss_weight, router.z_loss_weight)
+        total = torch.stack([w * part for w, part in zip(weights, parts_4.unbind(), strict=True)]).sum()
+        return StepLoss(total=total, parts_4=parts_4.detach(), reports=reports)
 
     def _cross_entropy(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Sum over sequences of the mean cross entropy of their tokens, FP32."""

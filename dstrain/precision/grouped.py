@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-def grouped_linear_reference(x_RK: Tensor, weight_EMK: Tensor, counts: list[int]) -> Tensor:
+def grouped_linear_reference(x_RK: Tensor, weight_EMK: Tensor, counts_E: Tensor) -> Tensor:
     """One expert after the other; the plain meaning of `grouped_linear`."""
-    parts = [F.linear(x, weight) for x, weight in zip(x_RK.split(counts), weight_EMK.unbind(), strict=True)]
+    parts = [F.linear(x, weight) for x, weight in zip(x_RK.split(counts_E.tolist()), weight_EMK.unbind(), strict=True)]
     return torch.cat(parts)
 
 
@@ -36,10 +36,11 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-def grouped_linear(x_RK: Tensor, weight_EMK: Tensor, counts: list[int]) -> Tensor:
-    """y[r] = weight[expert of r] @ x[r], [R, M]; the first counts[0] rows belong to expert 0, and so on.
+def grouped_linear(x_RK: Tensor, weight_EMK: Tensor, counts_E: Tensor) -> Tensor:
+    """y[r] = weight[expert of r] @ x[r], [R, M]; the first counts_E[0] rows belong to expert 0, and so on.
+    `counts_E` lies on the device of x.
 
     Experts without rows get zero gradients, never None: a reduction over ranks waits for every one of them.
     """
-    ends_E = torch.tensor(counts, device=x_RK.device).cumsum(0, dtype=torch.int32)
+    ends_E = counts_E.cumsum(0, dtype=torch.int32)
     return _GroupedLinear.apply(x_RK.contiguous(), weight_EMK, ends_E)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from dstrain.comm.collectives import Peers
 from dstrain.comm.trace import Trace
@@ -74,7 +75,7 @@ def all_experts(dtype: torch.dtype) -> Tensor:
 
 
 def through_experts(arrived: Arrived, experts: Tensor) -> Tensor:
-    parts = zip(arrived.rows_RD.split(arrived.counts), experts, strict=True)
+    parts = zip(arrived.rows_RD.split(arrived.counts_E.tolist()), experts, strict=True)
     return torch.cat([torch.tanh(rows @ weight) for rows, weight in parts])
 
 
@@ -86,7 +87,7 @@ def run(dispatcher: Dispatcher, held: slice, experts_TK: Tensor, rank: int, dtyp
     coefficients = torch.randn(y_TD.shape, generator=torch.Generator().manual_seed(300 + rank))
     (y_TD.float() * coefficients).sum().backward()
     assert y_TD.dtype == dtype
-    return Outcome(y_TD.detach(), x_TD.grad, route.weights_TK.grad, experts.grad, arrived.counts)
+    return Outcome(y_TD.detach(), x_TD.grad, route.weights_TK.grad, experts.grad, arrived.counts_E.tolist())
 
 
 def peers() -> Peers:
@@ -132,6 +133,37 @@ def test_counts_say_how_many_rows_each_expert_got(outcomes: list[dict[str, Outco
     routed = torch.cat([ROUTES[case](rank).flatten() for rank in range(len(outcomes))])
     found = [count for outcome in outcomes for count in outcome[f"{case} {torch.float32}"].counts]
     assert found == routed.bincount(minlength=EXPERTS).tolist()
+
+
+class HostWaits(TorchFunctionMode):
+    """Notes the calls for which the host would wait for a GPU."""
+
+    WAITING = (Tensor.tolist, Tensor.item, Tensor.bincount, torch.bincount, torch.tensor, Tensor.new_tensor)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        repeats = func is Tensor.repeat_interleave and "output_size" not in (kwargs or {})
+        if func in self.WAITING or repeats:
+            self.calls.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def host_waits(dispatcher: Dispatcher, rank: int) -> list[str]:
+    with HostWaits() as mode:
+        there_and_back(dispatcher, balanced(rank), rank)
+    return mode.calls
+
+
+def host_waits_across(rank: int, world: int) -> list[str]:
+    return host_waits(AllToAllDispatcher(EXPERTS, peers()), rank)
+
+
+def test_the_host_waits_for_nothing_but_the_splits():
+    assert host_waits(LocalDispatcher(EXPERTS), 0) == []
+    assert spawn(host_waits_across, 2) == [["tolist"], ["tolist"]]
 
 
 def there_and_back(dispatcher: Dispatcher, experts_TK: Tensor, rank: int) -> tuple[Tensor, Tensor]:

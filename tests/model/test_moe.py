@@ -35,7 +35,7 @@ def test_every_row_passes_its_own_expert() -> None:
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     rows, counts = torch.randn(9, 16), [2, 0, 6, 1]
-    out = experts(rows, counts)
+    out = experts(rows, torch.tensor(counts))
     expert_of_row = [e for e, count in enumerate(counts) for _ in range(count)]
     for row, expert in enumerate(expert_of_row):
         expected = swiglu_network(rows[row], experts.gate_up[expert], experts.down[expert])
@@ -46,7 +46,7 @@ def test_an_expert_without_rows_has_zero_gradient_and_not_none() -> None:
     experts = Experts(MODEL, range(4))
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
-    experts(torch.randn(5, 16), [5, 0, 0, 0]).square().sum().backward()
+    experts(torch.randn(5, 16), torch.tensor([5, 0, 0, 0])).square().sum().backward()
     for parameter in experts.parameters():
         assert parameter.grad[0].any()
         assert not parameter.grad[1:].any()
