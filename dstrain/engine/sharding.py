@@ -4,7 +4,7 @@ Parameters are packed into flat buckets, in the order in which the backward pass
 one group of ranks that hold the same values: all data ranks for dense parameters, the expert-data ranks for experts.
 
     backward   a gradient is added to its bucket in FP32; in the last micro-batch a complete bucket leaves at once for
-               the reduce-scatter, under the rest of the backward pass
+               the reduce-scatter, under the rest of the backward pass; IN_FLIGHT buckets travel at a time
     reduce     the last buckets arrive; the norm of the whole gradient is one sum over all ranks, since every element is
                owned by exactly one of them
     step       each rank updates its share of every bucket and the shares are gathered again, under the update of the
@@ -30,6 +30,10 @@ from dstrain.engine.state import FlatShard, Shards
 from dstrain.mesh.groups import Groups
 from dstrain.model.transformer import Transformer
 from dstrain.parallel.apply import LogicalParameter, logical_parameters
+
+# Reductions on the way at once: one that moves and one that follows it keep the network busy, and each takes a second
+# bucket of memory to arrive in.
+IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Bucket:
     missing: int = 0
     reducing: ReduceScatter | None = None
     gathering: AllGather | None = None
-    # This rank's share of the reduced gradient, between reduce and step.
+    # This rank's share of the reduced gradient, from its arrival to the step: the same range of `grad`, reused.
     grad_share: Tensor | None = None
 
     @property
@@ -80,6 +84,13 @@ class Bucket:
             if first < last:
                 local = share_tensor[first - own.start : last - own.start]
                 yield slot.logical.name, FlatShard(slot.logical.shape, slot.logical.offset + first - slot.start, local)
+
+    def land(self) -> None:
+        """The share of the reduced gradient is there."""
+        self.grad_share = self.grad[self.share]
+        if self.reducing is not None:
+            self.grad_share.copy_(self.reducing.wait())
+            self.reducing = None
 
     def refresh(self) -> None:
         """Master weights into the compute dtype, then to the other ranks; `ready` waits."""
@@ -167,6 +178,7 @@ class ShardedEngine:
     buckets: list[Bucket] = field(default_factory=list)
     _overlapping: bool = False
     _started: int = 0
+    _landed: int = 0
     _norm: float | None = None
 
     def __post_init__(self) -> None:
@@ -209,6 +221,13 @@ class ShardedEngine:
                 wire = getattr(torch, self.config.precision.grad_wire_dtype)
                 bucket.reducing = ReduceScatter.start(bucket.grad, bucket.peers, wire, "grad")
             self._started += 1
+            self._land(self._started - IN_FLIGHT)
+
+    def _land(self, end: int) -> None:
+        """Waits for the first `end` buckets."""
+        while self._landed < end:
+            self.buckets[self._landed].land()
+            self._landed += 1
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         for bucket in self.buckets:
@@ -220,11 +239,10 @@ class ShardedEngine:
     @torch.no_grad()
     def reduce(self) -> float:
         self._start_reductions(only_complete=False)
+        self._land(len(self.buckets))
         squares = torch.zeros((), dtype=torch.float64, device=self.groups.place.device)
         for bucket in self.buckets:
-            bucket.grad_share = bucket.reducing.wait() if bucket.reducing else bucket.grad
-            bucket.reducing = None
-            squares += square_sum(bucket.grad_share)
+            squares += square_sum(bucket.grad[bucket.share])
         self._norm = all_reduce_sum(squares, self.groups.world).sqrt().item()
         return self._norm
 
@@ -249,7 +267,7 @@ class ShardedEngine:
             bucket.refresh()
             bucket.grad_share = None
             bucket.grad.zero_()
-        self.updates, self._started, self._norm = self.updates + 1, 0, None
+        self.updates, self._started, self._landed, self._norm = self.updates + 1, 0, 0, None
 
     def settle(self) -> None:
         """Waits for every gather: before parameters are read other than through the model's forward pass."""

@@ -176,8 +176,13 @@ def reductions(rank: int, world: int) -> list[str]:
     trainer, events = trainer_of(case(), connect(Mesh(dp=world), Place(rank, world, CPU))), []
     start = sharding.ReduceScatter.start
 
+    def under_way() -> int:
+        return sum(bucket.reducing is not None for bucket in trainer.engine.buckets)
+
     def watched(x: Tensor, *args: Any) -> Any:
         events.append("start")
+        # Each takes memory to arrive in.
+        assert under_way() <= sharding.IN_FLIGHT
         return start(x, *args)
 
     sharding.ReduceScatter.start = staticmethod(watched)
@@ -186,6 +191,7 @@ def reductions(rank: int, world: int) -> list[str]:
         weight.register_post_accumulate_grad_hook(lambda _, name=name: events.append(name))
     trainer.accumulate()
     before_reduce = len(events)
+    assert under_way() == sharding.IN_FLIGHT
     trainer.engine.reduce()
     assert events.count("start") == len(trainer.engine.buckets)
     return events[:before_reduce]
