@@ -102,6 +102,11 @@ def check_model(model: ModelConfig) -> None:
         "rotary positions turn pairs of dimensions, so it must be even",
         f"Set it to {model.qk_rope_head_dim + 1}.",
     )
+    # The kernel for many experts reads whole 16 bytes; rotary pairs begin at even places.
+    for name, unit in (("hidden_size", 8), ("moe_intermediate_size", 8), ("qk_nope_head_dim", 2), ("kv_lora_rank", 2)):
+        value = getattr(model, name)
+        rule = f"it must be a multiple of {unit}"
+        _need(value % unit == 0, (f"model.{name}", value), rule, f"Set it to {_near(value, unit)}.")
     _check_rope(model)
     _check_router(model)
 

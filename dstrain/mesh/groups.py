@@ -15,6 +15,10 @@ from dstrain.comm.trace import Trace
 from dstrain.host import tune_cpu
 from dstrain.mesh.axes import Coordinate, Mesh
 
+# One rank may tokenise a corpus or write a checkpoint for hours while the others wait for it; one that dies closes its
+# connections, and is noticed at once all the same.
+BACKGROUND_TIMEOUT = timedelta(hours=24)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -49,14 +53,14 @@ class Groups:
     # Ranks that hold the same dense parameters.
     data: Peers | None
     world: Peers | None
-    # A gloo group of all ranks for checkpoints, which travel in the background.
+    # A gloo group of all ranks for agreement and for checkpoints, which travel in the background.
     background: dist.ProcessGroup | None
 
 
 def connect(mesh: Mesh, place: Place, timeout_s: float = 600.0) -> Groups:
     """Joins the other processes and builds all groups; `mesh.world` equals `place.world`.
 
-    A peer that dies or stalls ends a collective with an error after `timeout_s` seconds at the latest.
+    A peer that dies or stalls ends a collective of the step with an error after `timeout_s` seconds at the latest.
     """
     trace, coordinate = Trace(place.device), mesh.coordinate(place.rank)
     if place.device.type == "cpu":
@@ -90,7 +94,7 @@ def connect(mesh: Mesh, place: Place, timeout_s: float = 600.0) -> Groups:
         expert_data=mine(mesh.expert_data_groups()),
         data=mine(mesh.data_groups()),
         world=Peers(everyone, trace),
-        background=dist.new_group(backend="gloo", timeout=timeout),
+        background=dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT),
     )
 
 

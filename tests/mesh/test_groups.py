@@ -1,5 +1,7 @@
 """Process groups join the ranks that the mesh names."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,6 +31,8 @@ def all_members(rank: int, world: int, meshes: list[Mesh]) -> list[dict[str, lis
         groups = connect(mesh, Place(rank, world, CPU))
         assert groups.background is not None
         assert groups.background.size() == world
+        # Whoever waits for another rank's tokenising or writing must not give up after minutes.
+        assert groups.background._get_backend(CPU).options._timeout >= timedelta(hours=6)
         assert groups.coordinate == mesh.coordinate(rank)
         found.append({kind: members(getattr(groups, kind)) for kind in KINDS})
     return found
