@@ -104,6 +104,9 @@ def usage() -> str:
 
 
 def print_completion(arguments: Sequence[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print('Prints what bash needs to complete commands, groups and keys: eval "$(dstrain completion bash)"')
+        return
     if arguments and arguments[-1] not in ("bash", "install=bash"):
         raise UserError(f"There is no completion for {arguments[-1]!r}. Bash is supported: dstrain completion bash.")
     print(BASH_COMPLETION, end="")

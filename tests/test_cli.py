@@ -76,7 +76,7 @@ def test_unknown_command(line, typed: str, meant: str):
 def test_help_of_a_command(line):
     status, out, _ = line("train", "--help")
     assert status == 0
-    assert "model: deepseek_v2, deepseek_v2_lite, deepseek_v3, small, tiny" in out
+    assert "model: deepseek_v2, deepseek_v2_lite, deepseek_v3, micro, small, tiny" in out
     assert "model.router. DeepSeek-V3 section 2.1.2 by default" in out
     assert "  steps                      Optimiser steps of the whole run, counted from its beginning" in out
     assert "--cfg job" in out
@@ -88,7 +88,9 @@ def test_help_of_a_command(line):
 def test_help_of_the_other_commands(line, command: str):
     status, out, _ = line(command, "-h")
     assert status == 0
-    assert out.startswith(f"dstrain {command} [group=choice ...]")
+    # Only configs of training are composed of groups.
+    assert ("Groups (" in out) == (command == "verify")
+    assert out.startswith(f"dstrain {command} ")
 
 
 def test_flags_of_hydra(line):
@@ -175,3 +177,4 @@ def test_completion_in_bash(tmp_path: Path):
 def test_completion_is_for_bash(line):
     assert line("completion", "bash")[1] == line("train", "-sc", "install=bash")[1] == cli.BASH_COMPLETION
     assert line("completion", "tcsh")[0] == 2
+    assert line("completion", "--help")[0] == 0

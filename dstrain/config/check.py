@@ -231,7 +231,8 @@ def check_verify(config: VerifyRoot) -> None:
 def check_generate(config: GenerateRoot) -> None:
     _need_text(config, "run.dir", "the run whose model speaks")
     _at_least(config, 1, "max_tokens")
-    _at_least(config, 0, "temperature")
+    _at_least(config, 0, "seed", "temperature")
+    _need(config.seed < 2**63, ("seed", config.seed), "it must be below 2^63", "Lower it.")
     _need(0 < config.top_p <= 1, ("top_p", config.top_p), "it is a probability above 0", "Set it up to 1 (all tokens).")
 
 

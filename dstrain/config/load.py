@@ -7,7 +7,8 @@ answers mistakes with several lines about itself. What stands around it here men
 every flag of Hydra works as its users know it.
 
 A run directory keeps its config in config.yaml. Resuming starts from that file instead of the defaults, so that
-`dstrain train run.dir=runs/a train.resume=auto` needs nothing repeated, unless an experiment or a group is named anew.
+`dstrain train run.dir=runs/a train.resume=auto` needs nothing repeated. A group named anew (`engine=deepspeed`)
+replaces that section alone; an experiment is a whole recipe and starts from the defaults again.
 """
 
 import os
@@ -16,7 +17,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
 from textwrap import fill
@@ -54,8 +55,12 @@ SCHEMAS: dict[str, type] = {
     "tokenize": TokenizeRoot,
 }
 
-# Keys of which a config gives one, and what stands for "not given" in the second.
-ALTERNATIVES = (("train.sequences", "train.batch_tokens", "null"), ("data.path", "data.blend", "[]"))
+# Who names the first means it instead of the second, which a YAML file may have set.
+INSTEAD = {
+    "train.sequences": "train.batch_tokens",
+    "train.batch_tokens": "train.sequences",
+    "data.blend": "data.path",
+}
 
 _OVERRIDE = re.compile(r"(?P<sign>\+{0,2}|~)(?P<key>[\w.]+)=(?P<value>.*)", re.DOTALL)
 _VERSION_BASE = "1.3"
@@ -75,11 +80,12 @@ def run(command: str, arguments: Sequence[str], task: Callable[[Any], None]) -> 
     """
     schema, arguments = SCHEMAS[command], _prepare(SCHEMAS[command], arguments)
     saved = _saved_base(command, arguments)
+    arguments = _onto_saved(arguments) if saved else arguments
     _register(command, saved)
 
     @hydra.main(version_base=_VERSION_BASE, config_path=str(conf_dir()), config_name="resume" if saved else command)
     def job(composed: DictConfig) -> None:
-        with _past_hydra():
+        with _past_hydra(), _explained(schema, arguments):
             task(_finish(command, composed))
 
     sys.argv = [f"dstrain {command}", *arguments]
@@ -91,6 +97,7 @@ def compose(command: str, overrides: Sequence[str] = (), *, world_size: int = 1)
     """The finished config of `dstrain <command> <overrides>`, as a task would get it; for use from Python."""
     schema, prepared = SCHEMAS[command], _prepare(SCHEMAS[command], overrides)
     saved = _saved_base(command, prepared)
+    prepared = _onto_saved(prepared) if saved else prepared
     _register(command, saved)
     with _explained(schema, prepared), hydra.initialize_config_dir(str(conf_dir()), version_base=_VERSION_BASE):
         composed = hydra.compose("resume" if saved else command, overrides=prepared)
@@ -151,17 +158,16 @@ def _prepare(schema: type, arguments: Sequence[str]) -> list[str]:
         if override and dotted and override["key"] not in leaves and override["key"] not in inner:
             raise _unknown(override["key"], override["value"], schema)
         prepared.append(_as_text(override, leaves, multirun) if override else argument)
-    return prepared + _dropped(_values(arguments), leaves)
+        if override and override["key"] in leaves:
+            # Right beside it: Hydra's parser wants overrides in one row, whatever flags come before or after.
+            prepared += _dropped(override["key"], _values(arguments))
+    return prepared
 
 
-def _dropped(values: dict[str, str], leaves: dict[str, Key]) -> list[str]:
-    """Who names one of two alternatives means it instead of the other, which a YAML file may have set."""
-    pairs = [pair for one, other, empty in ALTERNATIVES for pair in ((one, other, empty), (other, one, "null"))]
-    return [
-        f"{other}={empty}"
-        for one, other, empty in pairs
-        if one in leaves and one in values and other not in values and values[one] not in ("null", "[]")
-    ]
+def _dropped(key: str, values: dict[str, str]) -> list[str]:
+    """The override that empties the alternative to `key`, unless it is given as well."""
+    other = INSTEAD.get(key)
+    return [f"{other}=null"] if other and other not in values and values[key] not in ("null", "[]") else []
 
 
 def _as_text(override: re.Match[str], leaves: dict[str, Key], multirun: bool) -> str:
@@ -189,16 +195,29 @@ def _values(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _saved_base(command: str, arguments: Sequence[str]) -> Config | None:
-    """The config of the run to go on with, if these arguments resume one and choose no experiment or group."""
+    """The config of the run to go on with, if these arguments resume one; sections that they choose anew are fresh."""
     values = _values(arguments)
-    names_group = any("." not in key for key in values)
+    groups = {key for key in values if "." not in key}
     path = Path(values.get("run.dir", "")) / "config.yaml"
     resumes = command == "train" and values.get("train.resume") in ("auto", "must")
-    if not resumes or names_group or not values.get("run.dir") or not path.is_file():
+    if not resumes or not groups <= set(conf_groups()) or not values.get("run.dir") or not path.is_file():
         return None
     saved = read(path)
+    saved = replace(saved, **{group: type(getattr(saved, group))() for group in groups})
     # The world may have another size this time.
     return replace(saved, mesh=replace(saved.mesh, dp=None))
+
+
+def _onto_saved(arguments: Sequence[str]) -> list[str]:
+    """Groups are added, each once: the defaults of a resumed run are its own config and list none."""
+    last = {name: n for n, argument in enumerate(arguments) if (name := argument.partition("=")[0]) in conf_groups()}
+    added = (f"+{argument}" if n in last.values() else argument for n, argument in enumerate(arguments))
+    return [argument for argument in added if argument.partition("=")[0] not in last]
+
+
+def conf_groups() -> list[str]:
+    """The groups that fill one section of a training config."""
+    return [entry.name for entry in fields(Config) if (conf_dir() / entry.name).is_dir()]
 
 
 def _register(command: str, saved: Config | None) -> None:
@@ -329,13 +348,13 @@ def _explain_choice(error: Exception, schema: type, arguments: Sequence[str]) ->
     if not found:
         return UserError(" ".join(line.strip() for line in str(error).splitlines() if line.strip()))
     name, value = found[1], _values(arguments).get(found[1], "")
-    if (conf_dir() / name).is_dir():
+    if name == "experiment" and issubclass(schema, Config):
         return ConfigError(name, value, "it is not part of the defaults", f"Add it with a plus: +{name}={value}.")
     return _unknown(name, value, schema)
 
 
 def _help(command: str, schema: type) -> str:
-    """The text of `dstrain <command> --help`; Hydra fills in the groups."""
+    """The text of `dstrain <command> --help`; Hydra fills in the groups of the commands that have them."""
     about, listed = sections(schema), defaultdict[str, list[str]](list)
     for key in keys(schema).values():
         section, _, last = key.name.rpartition(".")
@@ -343,16 +362,22 @@ def _help(command: str, schema: type) -> str:
         listed[section].append(fill(text, 120, subsequent_indent=29 * " ", break_on_hyphens=False))
     heads = {name: f"{name}. {about[name]}\n" if name else "" for name in listed}
     text = "\n\n".join(heads[name] + "\n".join(lines) for name, lines in listed.items())
-    return _HELP.format(command=command, keys=re.sub(r"\bNone\b", "null", text).replace("$", "$$"))
+    usage, groups = (" [group=choice ...]", _GROUPS) if issubclass(schema, Config) else ("", "")
+    return _HELP.format(
+        command=command, usage=usage, groups=groups, keys=re.sub(r"\bNone\b", "null", text).replace("$", "$$")
+    )
 
 
-_HELP = """\
-dstrain {command} [group=choice ...] [key=value ...] [flags]
-
+_GROUPS = """\
 Groups (+experiment=... adds a complete recipe, the others have a default):
 
 $APP_CONFIG_GROUPS
-Keys (a list is written key='[a, b]'):
+"""
+
+_HELP = """\
+dstrain {command}{usage} [key=value ...] [flags]
+
+{groups}Keys (a list is written key='[a, b]'):
 
 {keys}
 

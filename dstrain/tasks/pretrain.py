@@ -5,6 +5,7 @@
 Whatever can go wrong through no fault of the program raises the same UserError on every rank.
 """
 
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -91,7 +92,19 @@ def _train(config: Config, groups: Groups, directory: RunDirectory, stack: ExitS
     trainer.batches = batches
     run_steps(trainer, checkpoints, sinks)
     if is_first:
-        console.say(f"{trainer.progress.step} steps done; everything is in {directory.path}")
+        console.close()
+        console.say(ending(trainer, directory))
+    if trainer.progress.step < config.train.steps:
+        raise SystemExit(STOPPED)
+
+
+def ending(trainer: Trainer, directory: RunDirectory) -> str:
+    """Where the run is, and how it goes on if it was stopped before its last step."""
+    step, steps = trainer.progress.step, trainer.config.train.steps
+    if step < steps:
+        again = f"dstrain train {shlex.quote(f'run.dir={directory.path}')} train.resume=auto"
+        return f"stopped and saved after step {step} of {steps}; go on with: {again}"
+    return f"{step} steps done; everything is in {directory.path}"
 
 
 def open_loader(config: Config) -> Loader:
@@ -187,7 +200,7 @@ def open_sinks(config: Config, directory: RunDirectory, step: int, console: Cons
 
 
 def run_steps(trainer: Trainer, checkpoints: Checkpointer, sinks: tuple[Sink, ...]) -> None:
-    """Steps until the last one or a requested stop; either way the state is saved before this returns or raises."""
+    """Steps until the last one or a requested stop; either way the state is saved before this returns."""
     every, saved_steps = trainer.config.checkpoint.every_steps, on_first(checkpoints.steps, checkpoints.group)
     stopped, problem = False, None
     with StopRequest() as stop_request:
@@ -201,8 +214,6 @@ def run_steps(trainer: Trainer, checkpoints: Checkpointer, sinks: tuple[Sink, ..
             save(trainer, checkpoints)
         checkpoints.finish()
     together(lambda: _raise(problem), checkpoints.group)
-    if stopped and trainer.progress.step < trainer.config.train.steps:
-        raise SystemExit(STOPPED)
 
 
 def _raise(problem: UserError | None) -> None:

@@ -256,6 +256,7 @@ COMMANDS = [
     (check_generate, GenerateRoot(run=RUN), {"max_tokens": 0}, "max_tokens"),
     (check_generate, GenerateRoot(run=RUN), {"temperature": -1.0}, "temperature"),
     (check_generate, GenerateRoot(run=RUN), {"top_p": 0.0}, "top_p"),
+    (check_generate, GenerateRoot(run=RUN), {"seed": 2**63}, "seed"),
     (check_export, ExportRoot(run=RUN, out="hf"), {"run__dir": ""}, "run.dir"),
     (check_export, ExportRoot(run=RUN, out="hf"), {"out": ""}, "out"),
     (check_export, ExportRoot(run=RUN, out="hf"), {"dtype": "fp4"}, "dtype"),

@@ -2,14 +2,17 @@
 
 import logging
 import os
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from dstrain.config import load
-from dstrain.config.schema import Config, Corpus, LrPhase, RecipeChange, VerifyRoot
+from dstrain.config.check import check
+from dstrain.config.schema import Config, Corpus, EngineConfig, LrPhase, RecipeChange, VerifyRoot
 from dstrain.engine.recipe import batch_sequences
 from dstrain.errors import ConfigError, UserError
 
@@ -272,12 +275,23 @@ def test_resume_is_strict(kept: Config):
 
 def test_resume_with_an_experiment_composes_anew_and_compares(kept: Config):
     resume = ["run.dir=runs/a", "train.resume=auto", "+experiment=tiny_cpu"]
-    with pytest.raises(ConfigError, match="training needs text"):
+    with pytest.raises(ConfigError, match="data.path=a.txt, not python-stdlib"):
         run("train", *resume)
     with pytest.raises(ConfigError, match=r"train\.seed=3, not 0"):
         run("train", *resume, "data.path=a.txt")
     (config,) = run("train", *resume, "data.path=a.txt", "train.seed=3")
     assert config.train.steps == kept.train.steps
+
+
+def test_resume_with_a_group_replaces_that_section_alone(kept: Config):
+    """Precision, batch and learning rate stay those of the run, which are not the defaults."""
+    (config,) = run("train", "run.dir=runs/a", "train.resume=auto", "mesh.ep=1", "engine=deepspeed")
+    expected = replace(kept, engine=EngineConfig("deepspeed"), train=replace(kept.train, resume="auto"))
+    assert replace(config, mesh=kept.mesh) == expected
+    (again,) = run("train", "run.dir=runs/a", "train.resume=auto", "mesh.ep=1", "engine=torch", "engine=deepspeed")
+    assert again == config
+    with pytest.raises(ConfigError, match="engine=foo: there is no such choice. Choose one of deepspeed, torch"):
+        run("train", "run.dir=runs/a", "train.resume=auto", "mesh.ep=1", "engine=foo")
 
 
 def test_resume_of_nothing_starts_with_the_defaults():
@@ -292,21 +306,23 @@ def test_default_run_dir():
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes(name: str):
     """Every recipe passes all rules on the machine it names, the pipeline apart."""
-    config = load.compose("verify", [f"+experiment={name}", f"mesh.dp={WORLD[name] // _stage(name)}"])
-    assert isinstance(config, VerifyRoot)
+    config = recipe(name)
+    check(config, WORLD[name])
     text = (load.conf_dir() / "experiment" / f"{name}.yaml").read_text()
     assert text.startswith("# @package _global_\n# Machine: ")
     assert name == "tiny_cpu" or "not been run on" in " ".join(text.replace("#", " ").split())
 
 
-def _stage(name: str) -> int:
-    mesh = load.compose("verify", [f"+experiment={name}"]).mesh
-    return mesh.pp * mesh.ep
+def recipe(name: str) -> VerifyRoot:
+    """The recipe with its own pipeline, which no command takes yet, on the machine that it names."""
+    config = load.compose("verify", [f"+experiment={name}", "mesh.pp=1"])
+    stages = OmegaConf.load(load.conf_dir() / "mesh" / "deepseek_v3.yaml").pp if name == "deepseek_v3" else 1
+    return replace(config, mesh=replace(config.mesh, pp=stages, dp=WORLD[name] // (stages * config.mesh.ep)))
 
 
 def test_deepseek_v3_recipe():
-    config = load.compose("verify", ["+experiment=deepseek_v3", "mesh.dp=2"])
-    assert (config.mesh.pp, config.mesh.ep) == (16, 64)
+    config = recipe("deepseek_v3")
+    assert (config.mesh.pp, config.mesh.ep, config.mesh.dp) == (16, 64, 2)
     tokens, steps = 0, 0
     while tokens < 469_000_000_000:
         tokens, steps = tokens + batch_sequences(config.train, tokens) * 4096, steps + 1
@@ -329,6 +345,15 @@ def test_every_choice_of_every_group_composes(turn: int):
         [*(f"{group}={file.stem}" for group, file in chosen.items()), "mesh.ep=1", "mesh.pp=1", "dispatch.kind=auto"],
     )
     assert all(file.read_text().startswith("# ") for file in chosen.values())
+
+
+def test_flags_may_stand_behind_or_before_a_named_alternative(capsys: pytest.CaptureFixture) -> None:
+    for arguments in (
+        ["train.batch_tokens=4096", "--cfg", "job", "-p", "train"],
+        ["--cfg", "job", "-p", "train", "train.batch_tokens=4096"],
+    ):
+        run("train", *arguments)
+        assert "sequences: null\nbatch_tokens: 4096\n" in capsys.readouterr().out
 
 
 def test_naming_one_alternative_drops_the_other() -> None:

@@ -207,7 +207,7 @@ def test_retention(tmp_path: Path):
     assert steps(train(tmp_path, "run", *keep)) == [4, 8, 10, 11]
 
 
-def test_a_requested_stop_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_requested_stop_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     """SIGTERM twice in a row, as torchrun passes on what the terminal has sent already."""
     uninterrupted = losses(train(tmp_path, "whole"))
     log = pretrain.log
@@ -224,6 +224,9 @@ def test_a_requested_stop_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         train(tmp_path, "run")
     monkeypatch.setattr(pretrain, "log", log)
     assert stop.value.code == 75
+    last = capfd.readouterr().out.splitlines()[-1]
+    assert last.startswith("stopped and saved after step 4 of ")
+    assert last.endswith(f"dstrain train run.dir={tmp_path / 'run'} train.resume=auto")
     assert signal.getsignal(signal.SIGTERM) == before
     # The ranks agree on the stop in the step after the signal.
     assert steps(tmp_path / "run") == [4]
