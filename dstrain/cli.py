@@ -7,6 +7,7 @@ What a user can mend is printed as one message and ends with status 2; anything 
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module, metadata
@@ -24,6 +25,9 @@ COMMANDS = {
     "tokenize": ("tokenize", "turn text into memory-mapped token files"),
     "completion": ("", 'print shell completion: eval "$(dstrain completion bash)"'),
 }
+
+# How long a rank that leaves the message to rank 0 lives on.
+SILENT_RANK_WAIT_S = 5.0
 
 # Bash splits the line at "=" and ":", Hydra answers with whole words: what stands before the part that Bash replaces is
 # cut off each answer.
@@ -49,6 +53,9 @@ def main() -> None:
     except UserError as error:
         if not isinstance(error, SharedError) or os.environ.get("RANK", "0") == "0":
             print(f"dstrain: {error}", file=sys.stderr)
+        else:
+            # torchrun ends all processes as soon as one has failed: let it be the one that has printed.
+            time.sleep(SILENT_RANK_WAIT_S)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -6,10 +6,10 @@ bin=.venv/bin
 here=.demo/$(date +%Y%m%d-%H%M%S)
 recipe=(+experiment=tiny_cpu data.path=.demo/stdlib)
 if [[ -n ${DEMO_STEPS:-} ]]; then recipe+=("train.steps=$DEMO_STEPS"); fi
-prompt=${DEMO_PROMPT:-def read_}
+prompt=${DEMO_PROMPT:-class }
 
 title() { printf '\n\033[1m%s\033[0m\n' "$*"; }
-sample() { "$bin/python" -m dstrain generate run.dir="$1" prompt="$prompt" max_tokens=300; echo; }
+sample() { "$bin/python" -m dstrain generate run.dir="$1" prompt="$prompt" max_tokens=300 temperature=0.5; echo; }
 
 mkdir -p "$here"
 if [[ ! -s .demo/stdlib.idx ]]; then

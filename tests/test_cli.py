@@ -122,9 +122,25 @@ def test_how_a_task_ends(line, monkeypatch, error: BaseException, rank: str, sta
         raise error
 
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(cli, "SILENT_RANK_WAIT_S", 0.0)
     monkeypatch.setattr("dstrain.tasks.tokenize.run", ends)
     got, _, err = line("tokenize", "data.path=x", "out=y")
     assert (got, err) == (status, printed)
+
+
+@pytest.mark.slow
+def test_a_shared_mistake_is_printed_once_under_torchrun(tmp_path: Path):
+    """torchrun ends every process once one has failed, also one that was about to print."""
+    # Rank 0 takes longest to its message.
+    (tmp_path / "late.py").write_text(
+        "import os, time\ntime.sleep(3 * (os.environ['RANK'] == '0'))\nfrom dstrain.cli import main\nmain()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "late.py"]
+    words = ["train", "data.path=x", "mesh.ep=3"]
+    done = subprocess.run(
+        [*command, *words], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stderr.count("dstrain: mesh.ep=3: it must divide model.num_experts=16.") == 1, done.stderr
 
 
 def test_a_bug_keeps_its_traceback(line, monkeypatch):
