@@ -129,6 +129,8 @@ class Trainer:
     engine: Engine
     batches: Batches
     progress: Progress
+    # Size of the text, which decides the order of its samples: a run goes on with the same one only. 0: not from text.
+    corpus_tokens: int = 0
 
     def accumulate(self) -> _Sums:
         """Forward and backward over this rank's part of the next batch."""

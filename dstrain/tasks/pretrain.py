@@ -73,6 +73,7 @@ def _train(config: Config, groups: Groups, directory: RunDirectory, stack: ExitS
     config = with_vocabulary(config, loader)
     config = replace(config, run=replace(config.run, dir=str(directory.path)))
     trainer = make_trainer(config, groups)
+    trainer.corpus_tokens = loader.num_tokens
     checkpoints = Checkpointer(
         directory.checkpoints,
         keep_last=config.checkpoint.keep_last,
@@ -139,6 +140,7 @@ def restore(trainer: Trainer, checkpoints: Checkpointer, config: Config) -> None
         # What `dstrain import` wrote has no moments yet.
         optional = ("exp_avg/", "exp_avg_sq/") if steps[-1] == 0 else ()
         extra = checkpoints.load(steps[-1], trainer.state(), optional)
+        _check_corpus(extra, trainer, steps[-1])
         trainer.progress = Progress(**extra["progress"])
     elif config.train.resume == "must":
         raise SharedError(
@@ -148,6 +150,16 @@ def restore(trainer: Trainer, checkpoints: Checkpointer, config: Config) -> None
     elif config.train.init_from is not None:
         _initialise(trainer, Path(config.train.init_from) / "checkpoints", checkpoints)
     trainer.engine.loaded(trainer.progress.step)
+
+
+def _check_corpus(extra: dict[str, Any], trainer: Trainer, step: int) -> None:
+    """A corpus that has grown or shrunk would give its samples in another order, some of them twice."""
+    before = extra.get("corpus_tokens", trainer.corpus_tokens)
+    if before != trainer.corpus_tokens:
+        raise SharedError(
+            f"data.path: the corpus holds {trainer.corpus_tokens:,} tokens, but {before:,} when step {step} was saved. "
+            "Bring the old text back, or start a new run on the new one with train.init_from=<this run>."
+        )
 
 
 def _initialise(trainer: Trainer, path: Path, checkpoints: Checkpointer) -> None:
@@ -234,7 +246,9 @@ def log(report: StepReport, trainer: Trainer, sinks: tuple[Sink, ...]) -> UserEr
 
 def save(trainer: Trainer, checkpoints: Checkpointer) -> int:
     step = trainer.progress.step
-    checkpoints.save(step, trainer.state(), {"progress": asdict(trainer.progress)})
+    checkpoints.save(
+        step, trainer.state(), {"progress": asdict(trainer.progress), "corpus_tokens": trainer.corpus_tokens}
+    )
     return step
 
 

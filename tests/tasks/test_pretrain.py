@@ -296,6 +296,13 @@ def test_a_changed_model_is_not_resumed(tmp_path: Path):
         config(tmp_path, "run", "train.resume=auto", "model.num_layers=3")
 
 
+def test_a_changed_corpus_is_not_resumed(tmp_path: Path):
+    train(tmp_path, "run", "train.steps=1")
+    write_corpus(tmp_path / "corpus.txt", count=500)
+    with pytest.raises(SharedError, match="data.path: the corpus holds .* tokens, but .* when step 1 was saved"):
+        train(tmp_path, "run", "train.resume=auto", "train.steps=2")
+
+
 def test_nothing_to_resume(tmp_path: Path):
     with pytest.raises(SharedError, match="train.resume=must: .* holds no complete checkpoint"):
         train(tmp_path, "run", "train.resume=must")
