@@ -103,12 +103,16 @@ class WeightWriter:
     def finish(self) -> None:
         """Writes what is left, gives the files their final names and writes the index."""
         self._flush()
+        index_file = self.directory / INDEX
+        index_file.touch()
         files = [f"model-{n:05}-of-{len(self._shards):05}.safetensors" for n in range(1, len(self._shards) + 1)]
         for n, file in enumerate(files):
             self._unnumbered(n).rename(self.directory / file)
+            # safetensors keeps its files from everybody else; the directory's other files say who may read.
+            (self.directory / file).chmod(index_file.stat().st_mode)
         weight_map = {name: file for file, names in zip(files, self._shards, strict=True) for name in names}
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        index_file.write_text(json.dumps(index, indent=2) + "\n")
 
     def _flush(self) -> None:
         # Consumers look for the framework's name in the metadata.

@@ -149,7 +149,7 @@ class TrainConfig:
 class DispatchConfig:
     """How tokens reach their experts."""
 
-    # auto (alltoall if mesh.ep > 1, otherwise local) | local | alltoall
+    # auto | local | alltoall; where mesh.ep is 1 there is nothing to transfer, and all are local
     kind: str = "auto"
 
 

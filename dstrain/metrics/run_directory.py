@@ -51,6 +51,19 @@ class RunDirectory:
         has_metrics = self.metrics_jsonl.is_file() and self.metrics_jsonl.stat().st_size > 0
         return has_metrics or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
 
+    def set_metrics_aside(self) -> Path | None:
+        """Moves the figures of a run that begins again from its first step out of the way; where to, if there are any.
+
+        Its checkpoints may be lost, or it was killed before the first one: either way nothing else is left of it.
+        """
+        if not self.metrics_jsonl.is_file() or self.metrics_jsonl.stat().st_size == 0:
+            return None
+        numbers = (n for n in range(1, 10**6) if not (self.path / f"metrics.before-{n}.jsonl").exists())
+        aside = self.path / f"metrics.before-{next(numbers)}.jsonl"
+        with self.writing():
+            self.metrics_jsonl.rename(aside)
+        return aside
+
     def lock(self) -> None:
         """Takes the directory until `unlock` or the end of the process; UserError names a holder on any machine."""
         try:

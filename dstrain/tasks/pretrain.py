@@ -205,6 +205,8 @@ def describe(config: Config, directory: RunDirectory, world_size: int) -> None:
 
 
 def open_sinks(config: Config, directory: RunDirectory, step: int, console: Console) -> tuple[Sink, ...]:
+    if step == 0 and (aside := directory.set_metrics_aside()):
+        console.say(f"no checkpoint to go on from: starting at step 0; the figures so far are kept in {aside}")
     sinks: list[Sink] = [console, JsonlSink(directory.metrics_jsonl, resume_step=step)]
     if config.metrics.wandb != "disabled":
         sinks.append(WandbSink(directory, config.metrics.wandb, config.metrics.wandb_project, asdict(config)))

@@ -85,3 +85,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     second.unlink()
     with pytest.raises(UserError, match=r"model-00002-of-00003\.safetensors cannot be read"):
         WeightReader(tmp_path)
+
+
+def test_whoever_may_read_the_index_may_read_the_weights(tmp_path: Path) -> None:
+    writer = WeightWriter(tmp_path, 2**20)
+    writer.add("w", torch.ones(2), torch.float32)
+    writer.finish()
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1

@@ -147,9 +147,11 @@ def test_another_layout_saves_what_it_loaded(tmp_path: Path):
 
 def load_and_save_rank(rank: int, world_size: int, made: Config) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    made = pretrain.with_vocabulary(made, pretrain.open_loader(made))
+    loader = pretrain.open_loader(made)
+    made = pretrain.with_vocabulary(made, loader)
     groups = pretrain.connect(pretrain.Mesh(1, 1, 4), pretrain.Place.from_environment())
     trainer = pretrain.make_trainer(made, groups)
+    trainer.corpus_tokens = loader.num_tokens
     directory = RunDirectory(made.run.dir).checkpoints
     checkpoints = pretrain.Checkpointer(directory, keep_last=9, keep_every_steps=0, group=groups.background)
     pretrain.restore(trainer, checkpoints, made)
@@ -301,6 +303,16 @@ def test_a_changed_corpus_is_not_resumed(tmp_path: Path):
     write_corpus(tmp_path / "corpus.txt", count=500)
     with pytest.raises(SharedError, match="data.path: the corpus holds .* tokens, but .* when step 1 was saved"):
         train(tmp_path, "run", "train.resume=auto", "train.steps=2")
+
+
+def test_figures_without_a_checkpoint_are_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    run = train(tmp_path, "run", "train.steps=2")
+    before = (run / "metrics.jsonl").read_text()
+    shutil.rmtree(run / "checkpoints")
+    train(tmp_path, "run", "train.resume=auto", "train.steps=1")
+    assert (run / "metrics.before-1.jsonl").read_text() == before
+    assert "starting at step 0" in capfd.readouterr().out
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 def test_nothing_to_resume(tmp_path: Path):
