@@ -76,7 +76,9 @@ def reorder(rows_RD: Tensor, order_R: Tensor) -> Tensor:
 
 
 def weighted_sum(rows_RD: Tensor, weights_TK: Tensor, row_of_pair_TK: Tensor) -> Tensor:
-    """y[t] = sum over k of weights[t, k] * rows[row_of_pair[t, k]], [T, D] in the dtype of the rows, summed in FP32."""
-    order_R = row_of_pair_TK.flatten()
-    rows_TKD = _Reorder.apply(rows_RD, order_R, invert(order_R)).unflatten(0, row_of_pair_TK.shape)
+    """y[t] = sum over k of weights[t, k] * rows[row_of_pair[t, k]], [T, D].
+
+    A matrix product in the dtype of the rows: weights are rounded to it, the kernel adds up in FP32.
+    """
+    rows_TKD = reorder(rows_RD, row_of_pair_TK.flatten()).unflatten(0, row_of_pair_TK.shape)
     return torch.bmm(weights_TK[:, None].to(rows_RD.dtype), rows_TKD).squeeze(1)
