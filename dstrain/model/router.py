@@ -55,8 +55,8 @@ def choose_experts(choice_NE: Tensor, router: RouterConfig, experts_per_token: i
 def balance_loss(affinity_BTE: Tensor, load_BE: Tensor, experts_per_token: int) -> Tensor:
     """V3 eq. 17-20 for each sequence, summed over sequences: sum_e f_e P_e.
 
-    f is the load relative to an even one, P the mean normalised affinity; 1 for perfect balance. The load is that of the
-    experts really chosen (by bias and groups), where eq. 18 writes the K best affinities.
+    f is the load relative to an even one, P the mean normalised affinity; 1 for perfect balance. The load is that
+    of the experts really chosen (by bias and groups), where eq. 18 writes the K best affinities.
     """
     tokens, experts = affinity_BTE.shape[1:]
     f_BE = load_BE * (experts / (experts_per_token * tokens))
