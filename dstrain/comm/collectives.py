@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dstrain.comm.trace import Trace
+from dstrain.mesh.topology import Link
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,12 @@ class Peers:
 
     group: dist.ProcessGroup
     trace: Trace
+    # For messages and timelines: ep, ep-nodes, ep-node, data, ...
+    name: str = "world"
+    # The global rank of each member, in the order of the group; empty: all ranks, in order.
+    ranks: tuple[int, ...] = ()
+    # What lies between this rank and each member; empty: one node.
+    links: tuple[Link, ...] = ()
 
     @property
     def size(self) -> int:
@@ -30,6 +37,16 @@ class Peers:
     @property
     def index(self) -> int:
         return self.group.rank()
+
+    def rank(self, index: int) -> int:
+        """The global rank of a member."""
+        return self.ranks[index] if self.ranks else index
+
+    def link(self, index: int) -> Link:
+        """What lies between this rank and a member."""
+        if self.links:
+            return self.links[index]
+        return Link.SELF if index == self.index else Link.NODE
 
 
 @dataclass

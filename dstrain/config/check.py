@@ -40,6 +40,7 @@ IDENTITY = (
 def check(config: Config, world_size: int | None = None) -> None:
     """All rules for a model on a mesh. `world_size` None: as many processes as the mesh asks for (dp defaults to 1)."""
     check_mesh(config, world_size)
+    check_dispatch(config)
     check_model(config.model)
     check_batch(config, world_size)
     check_recipe(config)
@@ -74,12 +75,25 @@ def check_mesh(config: Config, world_size: int | None) -> None:
         sizes = [size for size in range(1, experts + 1) if experts % size == 0]
         cure = f"Set mesh.ep to one of {_listed(sizes)}."
         raise ConfigError("mesh.ep", mesh.ep, f"it must divide model.num_experts={experts}", cure)
-    _one_of(config, "dispatch.kind", "auto", "local", "alltoall")
-    if config.dispatch.kind == "local" and mesh.ep > 1:
-        cure = f"Set dispatch.kind=alltoall (or auto), or mesh.ep=1 instead of {mesh.ep}."
-        raise ConfigError("dispatch.kind", "local", "it can't reach experts on other ranks", cure)
+    _above_zero(config, "mesh.timeout_s")
     if world_size is not None:
         _check_world(config, world_size)
+
+
+def check_dispatch(config: Config) -> None:
+    """How tokens travel, and in which order the phases run."""
+    dispatch = config.dispatch
+    _one_of(config, "dispatch.kind", "auto", "local", "alltoall", "rank", "hierarchical", "deepep")
+    if dispatch.kind == "local" and config.mesh.ep > 1:
+        cure = f"Set dispatch.kind=alltoall (or auto), or mesh.ep=1 instead of {config.mesh.ep}."
+        raise ConfigError("dispatch.kind", "local", "it can't reach experts on other ranks", cure)
+    _one_of(config, "dispatch.wire", "auto", "float32", "bfloat16", "fp8", "fp4")
+    if dispatch.expert_chunk_rows is not None:
+        _at_least(config, 1, "dispatch.expert_chunk_rows")
+    _at_least(config, 0, "dispatch.placement.every_steps", "dispatch.placement.min_gain")
+    if config.schedule.in_flight is not None:
+        _at_least(config, 1, "schedule.in_flight")
+    _one_of(config, "schedule.order", "fixed", "measured")
 
 
 def check_model(model: ModelConfig) -> None:

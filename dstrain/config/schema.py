@@ -18,6 +18,8 @@ class MeshConfig:
     ep: int = 1
     # Replicas of each expert-parallel group; None: world size / (pp * ep).
     dp: int | None = None
+    # Seconds after which a transfer that a peer does not answer ends the run with an error.
+    timeout_s: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -146,11 +148,41 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class PlacementConfig:
+    """Which rank holds which expert, moved by measured load (EPLB)."""
+
+    # Steps between new placements; 0: experts stay where they are.
+    every_steps: int = 0
+    # A new placement is taken if it lowers the load of the busiest rank by at least this share.
+    min_gain: float = 0.05
+
+
+@dataclass(frozen=True)
 class DispatchConfig:
     """How tokens reach their experts."""
 
-    # auto | local | alltoall; where mesh.ep is 1 there is nothing to transfer, and all are local
+    # auto | local | alltoall (a row per token and expert) | rank (a row per token and rank) | hierarchical (a row per
+    # token and node over the slow link) | deepep (GPU only); where mesh.ep is 1, nothing travels and all are local
     kind: str = "auto"
+    # Format of a row on its way to the experts, and of its gradient on the way to them: auto (precision.compute_dtype) |
+    # float32 | bfloat16 | fp8 (E4M3, a scale per 128) | fp4 (E2M1, a scale per 32; an experiment). Results come back in
+    # the compute dtype.
+    wire: str = "auto"
+    # Rows that the experts of a rank take at once; more go through in chunks whose insides are computed again in the
+    # backward pass, so that one expert that takes all tokens costs time and not memory. None: all at once.
+    expert_chunk_rows: int | None = None
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """In which order the micro-batches of a rank run their phases."""
+
+    # Micro-batches between their forward and their backward pass at once: while one waits for the network, another
+    # computes; each takes its own activations. None: 2 where experts are spread and a step has that many, otherwise 1.
+    in_flight: int | None = None
+    # fixed (planned for transfers as long as the compute) | measured (planned from the phase times of the first steps)
+    order: str = "fixed"
 
 
 @dataclass(frozen=True)
@@ -260,6 +292,8 @@ class MetricsConfig:
     # W&B: disabled | offline | online
     wandb: str = "disabled"
     wandb_project: str = "dstrain"
+    # Steps whose transfers and phases are written as a timeline for Perfetto (trace-step-N.json in the run directory).
+    trace_steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -291,6 +325,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

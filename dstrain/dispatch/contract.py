@@ -6,14 +6,17 @@
     y_TD = handle.wait()                            y[t] = sum over k of route.weights[t, k] * row of (t, k)
 
 A handle is a transfer that has started; what is computed between start and wait hides it, and the same holds for its
-backward pass. Every transport is drop-in for every other. The layer never sees a process group.
+backward pass: the backward of `wait` starts the gradient's transfer, the backward of the start waits for it. Between
+the two, the graph is an empty tensor, `handle.token`: whoever runs the phases one by one cuts the graph there, by giving
+the handle a detached token before it calls `wait`. Nothing else connects the two sides: a ticket holds no tensor that
+requires a gradient. Every transport is drop-in for every other. The layer never sees a process group.
 
 Shapes: T tokens of this rank, K experts per token, D hidden size, R rows that arrived here, E experts held here.
 """
 
-from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -35,12 +38,15 @@ class Arrived:
     rows_RD: Tensor
     # int64, on the device of the rows: nothing on the host depends on it.
     counts_E: Tensor
-    # What `combine` needs to find the way back; opaque to the layer.
+    # What `combine` needs to find the way back; opaque to the layer, and without a graph.
     ticket: Any
 
 
-class Handle(Protocol, Generic[Result]):
+class Handle(Protocol[Result]):
     """A started transfer."""
+
+    # An empty tensor through which the graph runs from start to wait.
+    token: Tensor
 
     def wait(self) -> Result:
         """The result, usable on the current stream. Called once."""
@@ -53,24 +59,3 @@ class Dispatcher(Protocol):
     def dispatch(self, x_TD: Tensor, route: Route) -> Handle[Arrived]: ...
 
     def combine(self, rows_RD: Tensor, ticket: Any) -> Handle[Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Ready(Generic[Result]):
-    """A handle for what needed no transfer."""
-
-    result: Result
-
-    def wait(self) -> Result:
-        return self.result
-
-
-@dataclass(frozen=True)
-class Then(Generic[Result]):
-    """A handle whose result is a function of another's, computed when it is waited for."""
-
-    handle: Handle[Any]
-    finish: Callable[[Any], Result]
-
-    def wait(self) -> Result:
-        return self.finish(self.handle.wait())

@@ -1,6 +1,7 @@
 """The one small interface behind which gradients are reduced and parameters updated.
 
-    for each micro-batch:  engine.backward(loss, last=...)
+    engine.expect(micro_batches)     every parameter will get that many gradients, by whatever backward passes
+    ... backward passes ...          the engine takes each gradient when autograd has accumulated it
     engine.reduce()                  gradients are now sums over all data ranks
     engine.step(lr)                  clip by the global norm, update, refresh the compute parameters
 
@@ -11,14 +12,20 @@ summed over ranks and micro-batches, never averaged.
 from collections.abc import Iterator
 from typing import Protocol
 
-from torch import Tensor
+from torch import nn
 
 from dstrain.engine.state import FlatShard, Shards
 
 
 class Engine(Protocol):
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Adds the gradient of `loss` in FP32; with `last`, a bucket may leave as soon as it is complete."""
+    def expect(self, micro_batches: int) -> None:
+        """Announces a step. Each parameter's gradient will arrive `micro_batches` times, in the order of the
+        micro-batches; they are added in FP32, and a bucket may leave as soon as its last one is there."""
+        ...
+
+    def ready(self, part: nn.Module) -> None:
+        """Waits until the parameters of `part`, one of Transformer.parts(), are those of the last update. Called before
+        its first use in a step by whoever does not call the module itself."""
         ...
 
     def reduce(self) -> float:

@@ -1,0 +1,44 @@
+"""What a rank does with a micro-batch, as names: the vocabulary of every order of work. No torch.
+
+A model is a chain of stretches with an MoE block between each two:
+
+    stretch 0 | block 0 | stretch 1 | block 1 | ... | stretch B
+
+A stretch is everything from the arrival of one block's results to the departure of the next block's tokens: residual,
+dense layers, MLA, router; in stretch 0 the embedding, in the last one the head and the loss.
+
+    ATTEND n    waits for combine of block n - 1, computes stretch n, starts dispatch of block n
+    SHARED n    the shared expert of block n, between ATTEND n and ATTEND n + 1 (in the backward pass the other way round)
+    EXPERTS n   waits for dispatch of block n, computes its routed experts, starts combine of block n
+
+Backward, ATTEND n waits for the gradient of dispatch n and starts that of combine n - 1; EXPERTS n waits for the gradient
+of combine n and starts that of dispatch n. WEIGHT is the part of a backward pass that no other phase waits for.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Phase(Enum):
+    ATTEND = "attend"
+    SHARED = "shared"
+    EXPERTS = "experts"
+
+
+class Pass(Enum):
+    FORWARD = "F"
+    BACKWARD = "B"
+    WEIGHT = "W"
+
+
+@dataclass(frozen=True, order=False)
+class Action:
+    """One piece of compute; it starts the transfer that follows from it and waits for the one it needs."""
+
+    work: Pass
+    phase: Phase
+    block: int
+    micro_batch: int
+
+    def __str__(self) -> str:
+        return f"{self.work.value} {self.phase.value} {self.block} of {self.micro_batch}"
