@@ -4,8 +4,11 @@ The launcher (torchrun, Slurm, or nobody for a single process) says who we are t
 """
 
 import os
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,6 +17,7 @@ from dstrain.comm.collectives import Peers
 from dstrain.comm.trace import Trace
 from dstrain.host import tune_cpu
 from dstrain.mesh.axes import Coordinate, Mesh
+from dstrain.mesh.topology import Topology
 
 # One rank may tokenise a corpus or write a checkpoint for hours while the others wait for it; one that dies closes its
 # connections, and is noticed at once all the same.
@@ -46,56 +50,121 @@ class Groups:
     place: Place
     coordinate: Coordinate
     trace: Trace
+    topology: Topology
     # Ranks that together hold all experts.
-    ep: Peers | None
+    ep: Peers | None = None
     # Ranks that hold the same experts.
-    expert_data: Peers | None
+    expert_data: Peers | None = None
     # Ranks that hold the same dense parameters.
-    data: Peers | None
-    world: Peers | None
+    data: Peers | None = None
+    world: Peers | None = None
+    # Where the ep group spans several equally large nodes: its ranks with this rank's index in the node ...
+    ep_nodes: Peers | None = None
+    # ... and its ranks on this rank's node.
+    ep_node: Peers | None = None
+    # The same ranks, for what travels home while other tokens travel out. NCCL runs the transfers of a communicator one
+    # after the other, hence a second one; gloo's own queue serves both ways best, and these are the groups above.
+    ep_home: Peers | None = None
+    ep_nodes_home: Peers | None = None
+    ep_node_home: Peers | None = None
     # A gloo group of all ranks for agreement and for checkpoints, which travel in the background.
-    background: dist.ProcessGroup | None
+    background: dist.ProcessGroup | None = None
 
 
-def connect(mesh: Mesh, place: Place, timeout_s: float = 600.0) -> Groups:
+def connect(mesh: Mesh, place: Place, timeout_s: float = 600.0, ranks_per_node: int | None = None) -> Groups:
     """Joins the other processes and builds all groups; `mesh.world` equals `place.world`.
 
     A peer that dies or stalls ends a collective of the step with an error after `timeout_s` seconds at the latest.
+    `ranks_per_node` takes runs of that many ranks for nodes instead of asking who shares a machine.
     """
     trace, coordinate = Trace(place.device), mesh.coordinate(place.rank)
     if place.device.type == "cpu":
         tune_cpu()
     if place.world == 1:
-        return Groups(mesh, place, coordinate, trace, None, None, None, None, None)
+        return Groups(mesh, place, coordinate, trace, Topology((0,)))
     timeout = timedelta(seconds=timeout_s)
     backend = "nccl" if place.device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         device_id = place.device if backend == "nccl" else None
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
-
-    def mine(rank_lists: list[list[int]]) -> Peers | None:
-        if len(rank_lists[0]) == 1:
-            return None
-        group: dist.ProcessGroup | None
-        group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timeout, backend=backend)
-        if group is None:
-            raise RuntimeError(f"rank {place.rank} is in none of the groups {rank_lists}")
-        return Peers(group, trace)
-
-    everyone = dist.group.WORLD
-    if everyone is None:
-        raise RuntimeError("there is no default process group though it was just joined")
+    background = dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT)
+    topology = _discover(place, background, ranks_per_node)
+    joiner = _Joiner(place, topology, trace, backend, timeout)
+    nodes, node = joiner.inside(mesh.ep_groups())
+    # A group that not every rank has comes last: gloo tells groups apart by how many there were before.
+    ep, expert_data = joiner.join("ep", mesh.ep_groups()), joiner.join("expert-data", mesh.expert_data_groups())
+    data = joiner.join("data", mesh.data_groups())
+    ep_nodes, ep_node = joiner.join("ep-nodes", nodes), joiner.join("ep-node", node)
     return Groups(
         mesh,
         place,
         coordinate,
         trace,
-        ep=mine(mesh.ep_groups()),
-        expert_data=mine(mesh.expert_data_groups()),
-        data=mine(mesh.data_groups()),
-        world=Peers(everyone, trace),
-        background=dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT),
+        topology,
+        ep=ep,
+        expert_data=expert_data,
+        data=data,
+        world=joiner.peers("world", dist.group.WORLD, range(place.world)),
+        ep_nodes=ep_nodes,
+        ep_node=ep_node,
+        ep_home=joiner.twin("ep", mesh.ep_groups(), ep),
+        ep_nodes_home=joiner.twin("ep-nodes", nodes, ep_nodes),
+        ep_node_home=joiner.twin("ep-node", node, ep_node),
+        background=background,
     )
+
+
+def node_name() -> str:
+    """Equal for processes that reach each other without a network: one machine, and one network namespace of it."""
+    boot, network = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
+    return f"{socket.gethostname()} {boot.read_text().strip()} {network.stat().st_ino}"
+
+
+def _discover(place: Place, background: dist.ProcessGroup, ranks_per_node: int | None) -> Topology:
+    if ranks_per_node is not None:
+        return Topology(tuple(rank // ranks_per_node for rank in range(place.world)))
+    names = [""] * place.world
+    dist.all_gather_object(names, node_name(), group=background)
+    return Topology.of_names(names)
+
+
+@dataclass(frozen=True)
+class _Joiner:
+    """Builds groups of a kind: lists of ranks that share none."""
+
+    place: Place
+    topology: Topology
+    trace: Trace
+    backend: str
+    timeout: timedelta
+
+    def join(self, name: str, rank_lists: list[list[int]]) -> Peers | None:
+        """The group that holds this rank; None if it is alone in it, or in none."""
+        lists = [ranks for ranks in rank_lists if len(ranks) > 1]
+        own = next((ranks for ranks in lists if self.place.rank in ranks), None)
+        group: dist.ProcessGroup | None = None
+        # One call for all groups, in which every rank takes part (NCCL), or a call by the members of each (gloo): the
+        # number of calls does not grow with the number of groups.
+        if self.backend == "nccl" and lists:
+            group = dist.split_group(split_ranks=lists, timeout=self.timeout, group_desc=name)
+        elif own is not None:
+            group = dist.new_group(own, timeout=self.timeout, use_local_synchronization=True, group_desc=name)
+        return None if own is None else self.peers(name, group, own)
+
+    def twin(self, name: str, rank_lists: list[list[int]], peers: Peers | None) -> Peers | None:
+        return self.join(f"{name}-home", rank_lists) if self.backend == "nccl" else peers
+
+    def peers(self, name: str, group: dist.ProcessGroup | None, ranks: Sequence[int]) -> Peers:
+        if group is None:
+            raise RuntimeError(f"rank {self.place.rank} did not get the {name} group of the ranks {list(ranks)}")
+        links = tuple(self.topology.link(self.place.rank, rank) for rank in ranks)
+        return Peers(group, self.trace, name, tuple(ranks), links)
+
+    def inside(self, ep_groups: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+        """Across and inside the nodes of every ep group that spans several equally large ones."""
+        grids = [grid for grid in map(self.topology.grid, ep_groups) if grid is not None and len(grid) > 1]
+        across = [list(column) for grid in grids for column in zip(*grid, strict=True)]
+        return across, [node for grid in grids for node in grid]
 
 
 def disconnect() -> None:

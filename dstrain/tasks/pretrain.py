@@ -46,7 +46,7 @@ STOPPED = 75
 def run(config: Config) -> None:
     """Trains to train.steps. Raises UserError for what a user can mend, SystemExit(75) after a requested stop."""
     place = Place.from_environment()
-    groups = connect(Mesh(config.mesh.pp, config.mesh.dp or 1, config.mesh.ep), place)
+    groups = connect(Mesh(config.mesh.pp, config.mesh.dp or 1, config.mesh.ep), place, config.mesh.timeout_s)
     with ExitStack() as stack:
         stack.callback(disconnect)
         run_dir = on_first(lambda: config.run.dir or load.default_run_dir(datetime.now()), groups.background)

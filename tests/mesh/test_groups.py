@@ -1,6 +1,7 @@
 """Process groups join the ranks that the mesh names."""
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from dstrain.comm.collectives import Peers
 from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import Place, connect, disconnect
+from dstrain.mesh.topology import Link, Topology
 from tests.gloo.spawn import spawn
 
 CPU = torch.device("cpu")
@@ -65,8 +67,62 @@ def test_stages_have_groups_of_their_own(found: list):
 def test_one_process_needs_no_groups():
     groups = connect(Mesh(), Place(0, 1, CPU))
     assert not dist.is_initialized()
-    assert [getattr(groups, kind) for kind in (*KINDS, "background")] == [None] * 5
+    assert [getattr(groups, kind) for kind in (*KINDS, "ep_nodes", "ep_node", "background")] == [None] * 7
+    assert groups.topology == Topology((0,))
     disconnect()
+
+
+def nodes_of_groups(rank: int, world: int, cases: list[tuple[Mesh, int | None]]) -> list[dict[str, Any]]:
+    found = []
+    for mesh, ranks_per_node in cases:
+        groups = connect(mesh, Place(rank, world, CPU), ranks_per_node=ranks_per_node)
+        kinds = {kind: getattr(groups, kind) for kind in ("ep", "ep_nodes", "ep_node")}
+        for kind, peers in kinds.items():
+            assert members(peers) == (list(peers.ranks) if peers else None)
+            # On gloo, what travels home shares the group.
+            assert getattr(groups, f"{kind}_home") is peers
+        assert groups.world is not None
+        found.append(
+            {
+                "ranks": [peers.ranks if peers else None for peers in kinds.values()],
+                "names": [peers.name for peers in kinds.values() if peers],
+                "links": groups.world.links,
+                "nodes": groups.topology.node_of_rank,
+            }
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def nodes() -> list[list[dict[str, Any]]]:
+    cases = [(Mesh(ep=4), 2), (Mesh(ep=4), 1), (Mesh(ep=4), 3), (Mesh(ep=2, dp=2), 1), (Mesh(dp=2, ep=2), None)]
+    return spawn(nodes_of_groups, 4, cases)
+
+
+def test_nodes_of_an_ep_group(nodes: list):
+    for rank in range(4):
+        node = (0, 1) if rank < 2 else (2, 3)
+        found = nodes[rank][0]
+        assert found["ranks"] == [(0, 1, 2, 3), (rank % 2, rank % 2 + 2), node]
+        assert found["names"] == ["ep", "ep-nodes", "ep-node"]
+        assert found["nodes"] == (0, 0, 1, 1)
+    self, node, network = Link.SELF, Link.NODE, Link.NETWORK
+    assert nodes[2][0]["links"] == (network, network, self, node)
+
+
+def test_a_rank_alone_on_its_node_has_no_group_there(nodes: list):
+    assert [nodes[rank][1]["ranks"] for rank in range(4)] == [[(0, 1, 2, 3), (0, 1, 2, 3), None]] * 4
+    assert [found[3]["ranks"] for found in nodes] == [[(0, 1), (0, 1), None]] * 2 + [[(2, 3), (2, 3), None]] * 2
+
+
+def test_uneven_nodes_have_no_groups(nodes: list):
+    assert [nodes[rank][2]["ranks"] for rank in range(4)] == [[(0, 1, 2, 3), None, None]] * 4
+
+
+def test_ranks_of_one_machine_find_each_other(nodes: list):
+    for rank in range(4):
+        assert nodes[rank][4]["nodes"] == (0, 0, 0, 0)
+        assert nodes[rank][4]["names"] == ["ep"]
 
 
 def test_the_launcher_says_who_we_are(monkeypatch: pytest.MonkeyPatch):
