@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dstrain.comm.trace import Trace
+from dstrain.comm.trace import Trace, Transfer
 from dstrain.mesh.topology import Link
 
 
@@ -56,20 +56,24 @@ class _Flight:
     peers: Peers
     work: dist.Work
     sent: Tensor
+    transfer: Transfer
 
     def land(self) -> None:
-        with self.peers.trace.waiting():
+        with self.peers.trace.waiting(self.transfer):
             self.work.wait()
+        self.peers.trace.end(self.transfer)
 
 
 def _exchange(x: Tensor, out_rows: list[int], in_rows: list[int], peers: Peers, kind: str) -> tuple[Tensor, _Flight]:
     """Starts sending runs of `out_rows` rows of x, one run per rank; the buffer fills until the flight lands."""
     x = x.contiguous()
     arrived = x.new_empty((sum(in_rows), *x.shape[1:]))
+    transfer = peers.trace.begin(kind, peers.name)
     work = dist.all_to_all_single(arrived, x, in_rows, out_rows, group=peers.group, async_op=True)
     row_bytes = x[:1].numel() * x.element_size() if len(x) else 0
-    peers.trace.sent(kind, (len(x) - out_rows[peers.index]) * row_bytes)
-    return arrived, _Flight(peers, work, x)
+    for index, rows in enumerate(out_rows):
+        peers.trace.sent(transfer, peers.link(index), rows * row_bytes)
+    return arrived, _Flight(peers, work, x, transfer)
 
 
 @dataclass
@@ -155,18 +159,29 @@ def all_to_all_equal(x: Tensor, peers: Peers, kind: str) -> Tensor:
 def all_reduce_sum(x: Tensor, peers: Peers | None) -> Tensor:
     """The sum over the group, in place; without a group, x itself."""
     if peers is not None:
-        with peers.trace.waiting():
-            dist.all_reduce(x, group=peers.group)
-        peers.trace.sent("reduce", 2 * x.numel() * x.element_size() * (peers.size - 1) // peers.size)
+        _all_reduce(x, peers, dist.ReduceOp.SUM)
     return x
 
 
 def all_reduce_max(x: Tensor, peers: Peers | None) -> Tensor:
     """The largest of the group's values, in place; for a few scalars."""
     if peers is not None:
-        with peers.trace.waiting():
-            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=peers.group)
+        _all_reduce(x, peers, dist.ReduceOp.MAX)
     return x
+
+
+def _all_reduce(x: Tensor, peers: Peers, op: dist.ReduceOp.RedOpType) -> None:
+    transfer = peers.trace.begin("reduce", peers.name)
+    with peers.trace.waiting(transfer):
+        dist.all_reduce(x, op=op, group=peers.group)
+    peers.trace.end(transfer)
+    peers.trace.sent(transfer, ring_link(peers), 2 * x.numel() * x.element_size() * (peers.size - 1) // peers.size)
+
+
+def ring_link(peers: Peers) -> Link:
+    """Where the bytes of a ring go, which gloo's and, for few ranks, NCCL's collectives are assumed to be: to the next
+    member."""
+    return peers.link((peers.index + 1) % peers.size)
 
 
 @dataclass
@@ -203,9 +218,10 @@ class AllGather:
     @staticmethod
     def start(flat: Tensor, peers: Peers, kind: str) -> "AllGather":
         share = flat.view(peers.size, -1)[peers.index].clone()
+        transfer = peers.trace.begin(kind, peers.name)
         work = dist.all_gather_single(flat, share, group=peers.group, async_op=True)
-        peers.trace.sent(kind, share.numel() * share.element_size() * (peers.size - 1))
-        return AllGather(_Flight(peers, work, share))
+        peers.trace.sent(transfer, ring_link(peers), share.numel() * share.element_size() * (peers.size - 1))
+        return AllGather(_Flight(peers, work, share, transfer))
 
     def wait(self) -> None:
         self.flight.land()

@@ -7,7 +7,9 @@ used, hence the one version that pyproject.toml names; tests/engine/test_deepspe
 
 import logging
 import warnings
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import deepspeed.ops
@@ -23,7 +25,7 @@ from deepspeed.utils.timer import NoopTimer
 from torch import Tensor
 from torch.distributed import HashStore
 
-from dstrain.comm.trace import Trace
+from dstrain.comm.collectives import ring_link
 from dstrain.config.schema import Config, OptimConfig
 from dstrain.engine.optimizer import AdamShard
 from dstrain.mesh.groups import Groups
@@ -57,47 +59,58 @@ class PartitionAdamW(torch.optim.Optimizer):
 class GatherTimer(NoopTimer):
     """Of the timers that DeepSpeed asks for, the one around the gather: it blocks, so its time is exposed."""
 
-    def __init__(self, trace: Trace):
+    def __init__(self, zero: "TracedZero"):
         super().__init__()
-        self.trace = trace
-        self._waiting: AbstractContextManager[None] | None = None
+        self.zero = zero
+        self._gather = ExitStack()
 
     def __call__(self, name: str) -> Any:
         return self if name == OPTIMIZER_ALLGATHER_TIMER else self.timer
 
     def start(self) -> None:
-        self._waiting = self.trace.waiting()
-        self._waiting.__enter__()
+        self._gather.enter_context(self.zero.blocking("param", self.zero.gather_bytes()))
 
     def stop(self) -> None:
-        if self._waiting is not None:
-            self._waiting.__exit__(None, None, None)
-            self._waiting = None
+        self._gather.close()
 
 
 class TracedZero(DeepSpeedZeroOptimizer):
     """Reports its reductions, and reduces from FP32 buckets in stage 2 as it does in stage 1."""
 
-    def __init__(self, *args: Any, trace: Trace, **kwargs: Any):
-        super().__init__(*args, timers=GatherTimer(trace), **kwargs)
-        self.trace = trace
+    def __init__(self, *args: Any, groups: Groups, **kwargs: Any):
+        self.groups = groups
+        super().__init__(*args, timers=GatherTimer(self), **kwargs)
 
     def _gradient_reduction_buffer_dtype(self) -> torch.dtype:
         return torch.float32
 
     def average_tensor(self, tensor: Tensor, communication_data_type: torch.dtype) -> None:
+        sent: Counter[int] = Counter()
         for group, param, _ in self.ipg_buckets[communication_data_type].params:
             ranks = self.partition_count[group]
             num_bytes = self.bit16_groups[group][param].numel() * communication_data_type.itemsize
             # An all-reduce, whatever `reduce_scatter` says.
-            self.trace.sent("grad", 2 * num_bytes * (ranks - 1) // ranks)
-        with self.trace.waiting():
+            sent[group] += 2 * num_bytes * (ranks - 1) // ranks
+        with self.blocking("grad", sent):
             super().average_tensor(tensor, communication_data_type)
 
-    def gather_bytes(self) -> int:
-        """What this rank sends when parameters are gathered."""
+    def gather_bytes(self) -> dict[int, int]:
+        """What this rank sends when parameters are gathered, by parameter group."""
         shares = zip(self.bit16_groups_flat, self.partition_size, self.partition_count, strict=True)
-        return sum(share * flat.element_size() * (ranks - 1) for flat, share, ranks in shares)
+        return {group: share * flat.element_size() * (ranks - 1) for group, (flat, share, ranks) in enumerate(shares)}
+
+    @contextmanager
+    def blocking(self, kind: str, sent_bytes: Mapping[int, int]) -> Iterator[None]:
+        """Around a transfer that compute waits for, in which each parameter group sends so many bytes."""
+        trace = self.groups.trace
+        transfer = trace.begin(kind, "data")
+        for group, num_bytes in sent_bytes.items():
+            peers = self.groups.expert_data if self.optimizer.param_groups[group]["moe"] else self.groups.data
+            if peers is not None:
+                trace.sent(transfer, ring_link(peers), num_bytes)
+        with trace.waiting(transfer):
+            yield
+        trace.end(transfer)
 
 
 def make_zero(logicals: list[LogicalParameter], config: Config, groups: Groups) -> TracedZero:
@@ -113,7 +126,7 @@ def make_zero(logicals: list[LogicalParameter], config: Config, groups: Groups) 
     zero = TracedZero(
         adam,
         {x.parameter: x.name for x in logicals},
-        trace=groups.trace,
+        groups=groups,
         optimizer_params={},
         partition_grads=config.engine.zero_stage == 2,
         # Without it, expert gradients of stage 1 are wrong.
