@@ -73,7 +73,7 @@ def samples(config: Config, first: int, count: int) -> Tensor:
 
 def whole(pieces: Mapping[str, FlatShard]) -> dict[str, Tensor]:
     """The flattened tensors that all ranks' ranges make up; raises if an element is missing."""
-    own = [(name, x.shape, x.offset, x.local) for name, x in pieces.items()]
+    own = [(name, x.shape, offset, part) for name, x in pieces.items() for offset, part in x.ranges()]
     everyone = [own]
     if dist.is_initialized():
         everyone = [[]] * dist.get_world_size()

@@ -43,7 +43,12 @@ class ShardSavePlanner(DefaultSavePlanner):
 
     def create_local_plan(self) -> SavePlan:
         # An empty range would have the same offset, hence the same key, as the one that follows it.
-        items = [_write_item(name, shard) for name, shard in self.state_dict.items() if shard.local.numel()]
+        items = [
+            _write_item(name, shard, offset, part)
+            for name, shard in self.state_dict.items()
+            for offset, part in shard.ranges()
+            if part.numel()
+        ]
         layouts = {name: (shard.local.dtype, shard.shape) for name, shard in self.state_dict.items()}
         return SavePlan(items, planner_data=layouts)
 
@@ -52,7 +57,7 @@ class ShardSavePlanner(DefaultSavePlanner):
         return plans, replace(metadata, planner_data=_agree([plan.planner_data for plan in all_plans]))
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self.state_dict[write_item.index.fqn].local
+        return _range(self.state_dict[write_item.index.fqn], write_item.index)
 
 
 class ShardLoadPlanner(DefaultLoadPlanner):
@@ -66,26 +71,32 @@ class ShardLoadPlanner(DefaultLoadPlanner):
     def create_local_plan(self) -> LoadPlan:
         items = []
         for name, shard in self.state_dict.items():
-            if shard.local.numel():
+            chunks = [_chunk(offset, part) for offset, part in shard.ranges() if part.numel()]
+            if chunks:
                 saved = self.metadata.state_dict_metadata[name]  # type: ignore[union-attr]
-                items += create_read_items_for_chunk_list(name, saved, [_chunk(shard)])  # type: ignore[arg-type]
+                items += create_read_items_for_chunk_list(name, saved, chunks)  # type: ignore[arg-type]
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].local
+        return _range(self.state_dict[index.fqn], index)
 
 
-def _chunk(shard: FlatShard) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size((shard.offset,)), torch.Size((shard.local.numel(),)))
+def _range(shard: FlatShard, index: MetadataIndex) -> Tensor:
+    """The part of a shard that a plan means: ranges that are not empty differ in where they begin."""
+    return next(part for offset, part in shard.ranges() if (offset,) == tuple(index.offset or ()) and part.numel())
 
 
-def _write_item(name: str, shard: FlatShard) -> WriteItem:
+def _chunk(offset: int, part: Tensor) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size((offset,)), torch.Size((part.numel(),)))
+
+
+def _write_item(name: str, shard: FlatShard, offset: int, part: Tensor) -> WriteItem:
     return WriteItem(
-        index=MetadataIndex(name, (shard.offset,)),
+        index=MetadataIndex(name, (offset,)),
         type=WriteItemType.SHARD,
         tensor_data=TensorWriteData(
-            chunk=_chunk(shard),
-            properties=TensorProperties(dtype=shard.local.dtype),
+            chunk=_chunk(offset, part),
+            properties=TensorProperties(dtype=part.dtype),
             size=torch.Size((prod(shard.shape),)),
         ),
     )

@@ -7,6 +7,7 @@ those of training. The main thread touches that group only after the second one 
 import json
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ class Checkpointer:
             self._staging[name].copy_(shard.local.detach(), non_blocking=True)
         if any(shard.local.is_cuda for shard in shards.values()):
             torch.cuda.current_stream().synchronize()
-        return {name: FlatShard(shard.shape, shard.offset, self._staging[name]) for name, shard in shards.items()}
+        return {name: replace(shard, local=self._staging[name]) for name, shard in shards.items()}
 
     def _buffer(self, name: str, local: Tensor) -> Tensor:
         """CPU memory for one range: the one of the previous save if it fits."""

@@ -14,7 +14,7 @@ groups of experts, dtypes and the norm are set by us (engine/zero.py), and `chec
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -94,16 +94,16 @@ class DeepSpeedEngine:
         self._zero = make_zero(self._logicals, self.config, self.groups)
         # DeepSpeed takes its master weights from the parameters, which have just been rounded.
         for x, shard, fragment in self._fragments():
-            begin = shard.offset - x.offset
-            fragment.hp_fragment.copy_(initial[x.name].view(-1)[begin : begin + shard.local.numel()])
+            begin = fragment.lp_fragment_address.start
+            shard.local.copy_(initial[x.name].view(-1)[begin : begin + shard.local.numel()])
 
     def _fragments(self) -> Iterator[tuple[LogicalParameter, FlatShard, Any]]:
         """For every parameter that this rank's partition holds a part of: that part's master weights, its record."""
         for x in self._logicals:
             fragment = getattr(x.parameter, RECORD)
             if fragment is not None:
-                offset = x.offset + fragment.lp_fragment_address.start
-                yield x, FlatShard(x.shape, offset, fragment.hp_fragment.detach()), fragment
+                begin, local = fragment.lp_fragment_address.start, fragment.hp_fragment.detach()
+                yield x, FlatShard.of_parts(x.shape, x.offsets, x.part_numel, begin, local), fragment
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._zero.set_gradient_accumulation_boundary(last)
@@ -132,7 +132,7 @@ class DeepSpeedEngine:
     def gradients(self) -> Iterator[tuple[str, FlatShard]]:
         for x, shard, fragment in self._fragments():
             piece = fragment.get_lp_grad_fragment(getattr(x.parameter, POSITION))
-            yield x.name, FlatShard(shard.shape, shard.offset, piece.view(-1))
+            yield x.name, replace(shard, local=piece.view(-1))
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -145,7 +145,6 @@ class DeepSpeedEngine:
         adam.lr, adam.updates = lr, self.updates
         self._zero.step()
         self._zero.zero_grad()
-        self.groups.trace.sent("param", self._zero.gather_bytes())
         self.updates, self._norm = self.updates + 1, None
 
     def settle(self) -> None:
@@ -157,7 +156,7 @@ class DeepSpeedEngine:
             shards[f"master/{x.name}"] = shard
             for kind in ("exp_avg", "exp_avg_sq"):
                 moment = fragment.get_optim_state_fragment(kind)
-                shards[f"{kind}/{x.name}"] = FlatShard(shard.shape, shard.offset, moment)
+                shards[f"{kind}/{x.name}"] = replace(shard, local=moment)
         return shards
 
     def loaded(self, step: int) -> None:

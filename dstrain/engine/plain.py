@@ -43,7 +43,7 @@ class PlainEngine:
         for x in self._logicals:
             if x.parameter.grad is None:
                 raise RuntimeError(f"{x.name} has no gradient")
-            yield x.name, FlatShard(x.shape, x.offset, x.parameter.grad.view(-1))
+            yield x.name, FlatShard.of_parts(x.shape, x.offsets, x.part_numel, 0, x.parameter.grad.view(-1))
 
     def step(self, lr: float) -> None:
         if self.optim.clip_norm and self._norm > self.optim.clip_norm:
@@ -55,7 +55,10 @@ class PlainEngine:
         self._adamw.zero_grad()
 
     def state(self) -> Shards:
-        return {f"master/{x.name}": FlatShard(x.shape, x.offset, x.parameter.detach().view(-1)) for x in self._logicals}
+        return {
+            f"master/{x.name}": FlatShard.of_parts(x.shape, x.offsets, x.part_numel, 0, x.parameter.detach().view(-1))
+            for x in self._logicals
+        }
 
     def loaded(self, step: int) -> None:
         raise NotImplementedError("the plain engine is a reference for comparisons and keeps no moments to resume from")

@@ -83,7 +83,8 @@ class Bucket:
             first, last = max(slot.start, own.start), min(slot.end, own.stop)
             if first < last:
                 local = share_tensor[first - own.start : last - own.start]
-                yield slot.logical.name, FlatShard(slot.logical.shape, slot.logical.offset + first - slot.start, local)
+                x = slot.logical
+                yield x.name, FlatShard.of_parts(x.shape, x.offsets, x.part_numel, first - slot.start, local)
 
     def land(self) -> None:
         """The share of the reduced gradient is there."""

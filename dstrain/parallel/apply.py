@@ -28,14 +28,27 @@ class LogicalParameter:
     parameter: nn.Parameter
     # Shape of the whole tensor, all experts included.
     shape: tuple[int, ...]
-    # Where this rank's part begins in the flattened whole.
-    offset: int
-    # Spread over the expert-parallel group (replicated over expert-data ranks), or replicated over all data ranks.
-    is_expert: bool
+    # Whose experts these are. They are spread over the expert-parallel group and replicated over expert-data ranks, and
+    # which of them this rank holds may change between steps. None: replicated over all data ranks.
+    experts: Experts | None
     # Whether weight decay applies: to the matrices that transform, not to embeddings, norms and their like.
     decays: bool
     # Kept in FP32 even where the others are cast to a narrower compute dtype.
     keeps_fp32: bool
+
+    @property
+    def is_expert(self) -> bool:
+        return self.experts is not None
+
+    @property
+    def part_numel(self) -> int:
+        """The elements of one expert; of all of it where there are none."""
+        return self.parameter.numel() // (len(self.experts.held) if self.experts else 1)
+
+    @property
+    def offsets(self) -> list[int]:
+        """Where each part begins in the flattened whole, in the order of the parameter."""
+        return [expert * self.part_numel for expert in self.experts.held] if self.experts else [0]
 
 
 def make_dispatcher(num_experts: int, groups: Groups) -> Dispatcher:
@@ -58,17 +71,14 @@ def logical_parameters(model: Transformer) -> list[LogicalParameter]:
     found = []
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            shape, offset = tuple(parameter.shape), 0
-            if isinstance(module, Experts):
-                offset = module.held.start * parameter[0].numel()
-                shape = (model.config.num_experts, *shape[1:])
+            experts = module if isinstance(module, Experts) else None
+            shape = tuple(parameter.shape)
             found.append(
                 LogicalParameter(
                     name=f"{prefix}.{name}",
                     parameter=parameter,
-                    shape=shape,
-                    offset=offset,
-                    is_expert=isinstance(module, Experts),
+                    shape=(model.config.num_experts, *shape[1:]) if experts else shape,
+                    experts=experts,
                     decays=parameter.dim() > 1 and not isinstance(module, nn.Embedding),
                     keeps_fp32=isinstance(module, Router),
                 )

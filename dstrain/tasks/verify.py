@@ -198,7 +198,7 @@ def _steps(trainer: Trainer, folder: Path) -> None:
 
 
 def _packed(shard: FlatShard) -> tuple[Any, ...]:
-    return shard.shape, shard.offset, shard.local.detach().float().clone()
+    return shard.shape, shard.offset, shard.local.detach().float().clone(), shard.jumps
 
 
 # -- comparison -------------------------------------------------------------------------------------------------------
@@ -213,9 +213,11 @@ def assemble(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 def _joined(ranks: list[dict[str, tuple[Any, ...]]]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for rank in ranks:
-        for name, (shape, offset, local) in rank.items():
-            flat = tensors.setdefault(name, torch.full((prod(shape),), torch.nan))
-            flat[offset : offset + local.numel()] = local
+        for name, packed in rank.items():
+            shard = FlatShard(*packed)
+            flat = tensors.setdefault(name, torch.full((prod(shard.shape),), torch.nan))
+            for offset, part in shard.ranges():
+                flat[offset : offset + part.numel()] = part
     return tensors
 
 

@@ -96,7 +96,7 @@ def _seeded(seed: int) -> torch.Generator:
 
 def whole(pieces: dict[str, FlatShard]) -> Tensors:
     """Puts the ranks' ranges together; raises if anything is missing."""
-    own = [(name, x.shape, x.offset, x.local.cpu()) for name, x in pieces.items()]
+    own = [(name, x.shape, offset, part.cpu()) for name, x in pieces.items() for offset, part in x.ranges()]
     everyone: list = [None] * dist.get_world_size() if dist.is_initialized() else [own]
     if dist.is_initialized():
         dist.all_gather_object(everyone, own)

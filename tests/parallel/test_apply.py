@@ -28,7 +28,7 @@ def groups_of(mesh: Mesh, rank: int) -> Groups:
 
 def parts(mesh: Mesh, rank: int) -> dict[str, Part]:
     logicals = logical_parameters(build_model(TINY, groups_of(mesh, rank)))
-    return {x.name: (x.shape, x.offset, x.parameter.detach().flatten()) for x in logicals}
+    return {x.name: (x.shape, x.offsets[0], x.parameter.detach().flatten()) for x in logicals}
 
 
 def test_every_parameter_is_listed_once_under_its_name():
@@ -38,7 +38,7 @@ def test_every_parameter_is_listed_once_under_its_name():
     assert [x.name for x in logicals] == list(expected)
     for x in logicals:
         assert x.parameter is expected[x.name]
-        assert (x.shape, x.offset) == (tuple(x.parameter.shape), 0)
+        assert (x.shape, x.offsets[0]) == (tuple(x.parameter.shape), 0)
     assert {"embed.weight", "head.weight", "layers.1.moe.experts.gate_up", "mtp.0.proj.weight"} <= expected.keys()
 
 
