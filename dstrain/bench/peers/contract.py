@@ -106,10 +106,3 @@ def versions_of(packages: Sequence[str], peer: str, cure: str) -> dict[str, str]
         return {package: version(package) for package in packages}
     except PackageNotFoundError as error:
         raise UserError(f"{peer} cannot run: {error.name} is not installed. {cure}") from None
-
-
-def flat_rows(spec: Spec, ranks: int) -> list[int]:
-    """Rows that a flat transport sends to each rank of the group in a step, one way: one per (token, expert)."""
-    per_rank = spec.experts // ranks
-    owners = torch.cat([route.experts_TK.flatten() for block in spec.routes for route in block]) // per_rank
-    return torch.bincount(owners, minlength=ranks).tolist()
