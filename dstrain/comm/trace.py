@@ -8,7 +8,7 @@ costs nothing.
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +16,9 @@ from typing import Any
 import torch
 
 from dstrain.mesh.topology import Link
+
+# The beginning and the end of something on the device.
+Events = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,11 @@ class Label:
     micro_batch: int | None = None
     # forward | backward | weight
     direction: str | None = None
+    # The optimiser step that is being made, counted from 1.
+    step: int | None = None
 
     def __str__(self) -> str:
-        parts = (("layer", self.block), ("micro-batch", self.micro_batch), ("", self.direction))
+        parts = (("layer", self.block), ("micro-batch", self.micro_batch), ("", self.direction), ("step", self.step))
         return ", ".join(f"{name} {value}".strip() for name, value in parts if value is not None)
 
 
@@ -49,7 +54,7 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of compute, kept for timelines."""
+    """A stretch of the main thread's time, kept for timelines: compute, or "wait" and what for."""
 
     name: str
     label: Label
@@ -68,9 +73,13 @@ class CommTotals:
     # Bytes that this rank sent to other ranks, by kind ("dispatch", "combine", "grad", "param", ...) and by link.
     sent_bytes: dict[str, int]
     link_bytes: dict[Link, int]
+    # Those that were under way; one without an end still is, and will be in the next account as well.
     transfers: list[Transfer]
     # Empty unless `Trace.keeps_spans`.
     spans: list[Span]
+    # The time that this is the account of.
+    start_s: float = 0.0
+    end_s: float = 0.0
 
     @property
     def hidden_share(self) -> float | None:
@@ -79,19 +88,25 @@ class CommTotals:
 
 
 class Trace:
-    """A rank's account of its communication. `label` is copied into every transfer that starts."""
+    """A rank's account of its communication. `label` is copied into every transfer that starts.
+
+    On a GPU the host runs ahead of the device, so waits and spans are timed by events on the current stream.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.label = Label()
         self.keeps_spans = False
         self._lock = threading.Lock()
+        self._began_s = time.perf_counter()
         self._waited_s = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._sent_bytes: Counter[str] = Counter()
         self._link_bytes: Counter[Link] = Counter()
         self._transfers: list[Transfer] = []
         self._spans: list[Span] = []
+        # On a GPU, what has yet to be read off: the events of waits, and those of spans with their names.
+        self._waits: list[Events] = []
+        self._span_events: list[tuple[str, Label, Events]] = []
 
     @contextmanager
     def at(self, **fields: Any) -> Iterator[None]:
@@ -124,47 +139,80 @@ class Trace:
     def waiting(self, transfer: Transfer | None = None) -> Iterator[None]:
         """Around every wait of compute: wall time on a CPU; on a GPU, where the host doesn't block, time on the
         current stream."""
+        name = f"wait {transfer.kind}" if transfer else "wait"
         if self.device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            yield
-            end.record()
-            self._events.append((start, end))
-        else:
-            began = time.perf_counter()
-            yield
-            waited_s = time.perf_counter() - began
-            self._waited_s += waited_s
-            if transfer is not None:
-                transfer.waited_s += waited_s
+            with self._events(self._waits, name):
+                yield
+            return
+        began = time.perf_counter()
+        yield
+        ended = time.perf_counter()
+        self._waited_s += ended - began
+        if transfer is not None:
+            transfer.waited_s += ended - began
+        if self.keeps_spans:
+            self._spans.append(Span(name, self.label, began, ended))
 
     @contextmanager
     def computing(self, name: str) -> Iterator[None]:
         """Around a stretch of compute that a timeline should show."""
         if not self.keeps_spans:
             yield
-            return
-        began = time.perf_counter()
+        elif self.device.type == "cuda":
+            with self._events([], name):
+                yield
+        else:
+            began = time.perf_counter()
+            yield
+            self._spans.append(Span(name, self.label, began, time.perf_counter()))
+
+    @contextmanager
+    def _events(self, keep: list[Events], name: str) -> Iterator[None]:
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record()
         yield
-        self._spans.append(Span(name, self.label, began, time.perf_counter()))
+        events[1].record()
+        keep.append(events)
+        if self.keeps_spans:
+            self._span_events.append((name, self.label, events))
+
+    def exposed_ms(self) -> float:
+        """Since the last `take`. On a GPU the events must have happened: call it after a synchronisation."""
+        return self._waited_s * 1e3 + sum(start.elapsed_time(end) for start, end in self._waits)
 
     def take(self) -> CommTotals:
-        """The account, and a fresh start. On a GPU the events must have happened: call it after a synchronisation."""
+        """The account, and a fresh start. On a GPU, call it after a synchronisation."""
+        now, exposed_ms = time.perf_counter(), self.exposed_ms()
         with self._lock:
-            transfers, self._transfers = self._transfers, []
+            transfers, self._transfers = self._transfers, [t for t in self._transfers if t.end_s is None]
             sent_bytes, self._sent_bytes = self._sent_bytes, Counter()
             link_bytes, self._link_bytes = self._link_bytes, Counter()
-        stalled_ms = sum(start.elapsed_time(end) for start, end in self._events)
-        exposed_ms = self._waited_s * 1e3 + stalled_ms
-        spans, self._spans, self._waited_s, self._events = self._spans, [], 0.0, []
-        busy_ms = _union_s(transfers) * 1e3
-        return CommTotals(exposed_ms, busy_ms, dict(sent_bytes), dict(link_bytes), transfers, spans)
+        spans, self._spans = [*self._spans, *_read_off(self._span_events)], []
+        began, self._began_s = self._began_s, now
+        self._waited_s, self._waits, self._span_events = 0.0, [], []
+        busy_ms = sum(end - start for start, end in busy(transfers, began, now)) * 1e3
+        return CommTotals(exposed_ms, busy_ms, dict(sent_bytes), dict(link_bytes), transfers, spans, began, now)
 
 
-def _union_s(transfers: list[Transfer]) -> float:
-    """Length of the union of the transfers' intervals."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted((t.start_s, t.end_s) for t in transfers if t.end_s is not None):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
+def _read_off(span_events: list[tuple[str, Label, Events]]) -> Iterator[Span]:
+    """Spans on the host's clock, which is read at a moment when the device has just reached an event."""
+    if not span_events:
+        return
+    here = torch.cuda.Event(enable_timing=True)
+    here.record()
+    here.synchronize()
+    now = time.perf_counter()
+    for name, label, (start, end) in span_events:
+        yield Span(name, label, now - start.elapsed_time(here) / 1e3, now - end.elapsed_time(here) / 1e3)
+
+
+def busy(transfers: Iterable[Transfer], start_s: float, end_s: float) -> list[tuple[float, float]]:
+    """The stretches of [start_s, end_s] in which at least one of the transfers was under way, in order."""
+    stretches: list[tuple[float, float]] = []
+    for start, end in sorted((t.start_s, end_s if t.end_s is None else t.end_s) for t in transfers):
+        start, end = max(start, start_s), min(end, end_s)
+        if stretches and start <= stretches[-1][1]:
+            stretches[-1] = (stretches[-1][0], max(stretches[-1][1], end))
+        elif start < end:
+            stretches.append((start, end))
+    return stretches
