@@ -17,3 +17,7 @@ class ConfigError(SharedError):
     def __init__(self, field: str, value: Any, rule: str, cure: str):
         super().__init__(f"{field}={value}: {rule}. {cure}")
         self.field, self.value, self.rule, self.cure = field, value, rule, cure
+
+
+class PeerError(UserError):
+    """Another rank did not answer; only this rank knows what it was waiting for."""

@@ -117,8 +117,9 @@ class Trace:
         finally:
             self.label = before
 
-    def begin(self, kind: str, group: str) -> Transfer:
-        transfer = Transfer(kind, group, self.label, time.perf_counter())
+    def begin(self, kind: str, group: str, label: Label | None = None) -> Transfer:
+        """`label`: that of the present work, unless it belongs to other work."""
+        transfer = Transfer(kind, group, label or self.label, time.perf_counter())
         with self._lock:
             self._transfers.append(transfer)
         return transfer

@@ -1,84 +1,116 @@
-"""Sorting (token, expert) pairs by expert and summing them back.
+"""Pairs of a row and an expert, in the order of rows and in the order of experts, and sums over a row's pairs.
 
-Shapes: T tokens, K experts per token, R = T * K rows, D hidden, E experts.
+A token, or a row that stands for it on its way, visits some experts: pairs (row, expert), in the order of rows. Experts
+want one row per pair, in the order of experts; what they return is summed over the pairs of each row. All of it costs a
+few passes over the pairs, however many experts there are.
+
+Shapes: R rows, N pairs, E experts, D hidden, T tokens, K experts per token.
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 
-class _Spread(torch.autograd.Function):
-    """Copies each token to its K rows.
+@dataclass(frozen=True)
+class Pairs:
+    """Visits in the order of rows: row number, expert number (int64) and weight (FP32) of each."""
 
-    The gradient of a token is the sum over its rows, gathered rather than scattered: deterministic on every device.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, token_of_row_R: Tensor, row_of_pair_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(row_of_pair_TK)
-        return x_TD.index_select(0, token_of_row_R)
+    rows: int
+    row_N: Tensor
+    expert_N: Tensor
+    weight_N: Tensor
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        (row_of_pair_TK,) = ctx.saved_tensors
-        return gather_rows(grad_RD, row_of_pair_TK).sum(1), None, None
+    def of_tokens(experts_TK: Tensor, weights_TK: Tensor) -> "Pairs":
+        """Pair t * K + k is token t's k-th."""
+        tokens, per_token = experts_TK.shape
+        row_N = torch.arange(experts_TK.numel(), device=experts_TK.device) // max(1, per_token)
+        return Pairs(tokens, row_N, experts_TK.flatten(), weights_TK.detach().flatten().float())
 
 
-class _Reorder(torch.autograd.Function):
-    """rows[order], whose gradient is a gather with the inverse order."""
+@dataclass(frozen=True)
+class Bags:
+    """For each of R targets the elements that are summed into it: order_N[start_R[r] : start_R[r + 1]]."""
+
+    order_N: Tensor
+    start_R: Tensor
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_R)
-        return rows_RD.index_select(0, order_R)
+    def by_target(target_N: Tensor, targets: int) -> "Bags":
+        """Element n goes to target_N[n]; the elements of a target are summed in their order."""
+        return Bags(sort(target_N), starts(target_N, targets))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_R,) = ctx.saved_tensors
-        return grad_RD.index_select(0, inverse_R), None, None
+    def sum(self, rows_ND: Tensor, weight_N: Tensor | None = None) -> Tensor:
+        """The sums, [R, D], added in FP32 in a fixed order; `weight_N` (FP32) in the order of `order_N`.
 
-
-def gather_rows(rows_RD: Tensor, row_of_pair_TK: Tensor) -> Tensor:
-    """The rows of each token, [T, K, D]."""
-    return rows_RD.index_select(0, row_of_pair_TK.flatten()).unflatten(0, row_of_pair_TK.shape)
+        With weights the result is FP32, otherwise it has the dtype of the rows.
+        """
+        rows_ND = rows_ND if weight_N is None else rows_ND.float()
+        return F.embedding_bag(self.order_N, rows_ND, self.start_R, mode="sum", per_sample_weights=weight_N)
 
 
-def invert(order_R: Tensor) -> Tensor:
+def sort(keys_N: Tensor) -> Tensor:
+    """The stable order of small non-negative numbers, int64 [N]."""
+    return keys_N.int().argsort(stable=True)
+
+
+def count(keys_N: Tensor, kinds: int) -> Tensor:
+    """How often each number below `kinds` occurs, int64. The host would wait for the device in `bincount`."""
+    return keys_N.new_zeros(kinds).scatter_add_(0, keys_N, torch.ones_like(keys_N))
+
+
+def starts(keys_N: Tensor, kinds: int) -> Tensor:
+    """How many numbers lie below each of 0 ... kinds - 1."""
+    counts = count(keys_N, kinds)
+    return counts.cumsum(0) - counts
+
+
+def invert(order_N: Tensor) -> Tensor:
     """The inverse of a permutation."""
-    return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+    return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
 
 
-def count_by_expert(experts_TK: Tensor, num_experts: int) -> Tensor:
-    """How many rows go to each expert, int64 [E]. The host would wait for the device in `bincount`."""
-    pairs_R = experts_TK.flatten()
-    return pairs_R.new_zeros(num_experts).scatter_add_(0, pairs_R, torch.ones_like(pairs_R))
+@dataclass(frozen=True)
+class Expansion:
+    """One row per pair, in the order of experts, then of rows."""
 
+    # Row and weight of each expanded row.
+    row_N: Tensor
+    weight_N: Tensor
+    # Expanded row of each pair; summed over, the pairs of a row.
+    bags: Bags
+    pair_weight_N: Tensor
+    counts_E: Tensor
 
-def sort_by_expert(experts_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """token_of_row [R] and row_of_pair [T, K]: rows in the order of their experts, then of tokens."""
-    order_R = experts_TK.flatten().argsort(stable=True)
-    return order_R // experts_TK.shape[1], invert(order_R).view_as(experts_TK)
+    @staticmethod
+    def of(pairs: Pairs, num_experts: int) -> "Expansion":
+        order_N = sort(pairs.expert_N)
+        bags = Bags(invert(order_N), starts(pairs.row_N, pairs.rows))
+        return Expansion(
+            row_N=pairs.row_N[order_N],
+            weight_N=pairs.weight_N[order_N],
+            bags=bags,
+            pair_weight_N=pairs.weight_N,
+            counts_E=count(pairs.expert_N, num_experts),
+        )
 
+    def expand(self, rows_RD: Tensor) -> Tensor:
+        """Each row once for each of its experts, [N, D]."""
+        return rows_RD.index_select(0, self.row_N)
 
-def spread(x_TD: Tensor, token_of_row_R: Tensor, row_of_pair_TK: Tensor) -> Tensor:
-    """One row per (token, expert), [R, D]."""
-    return _Spread.apply(x_TD, token_of_row_R, row_of_pair_TK)
+    def expand_back(self, grad_ND: Tensor) -> Tensor:
+        """Gradient of `expand`: [R, D] in the dtype of `grad_ND`."""
+        return self.bags.sum(grad_ND)
 
+    def reduce(self, rows_ND: Tensor) -> Tensor:
+        """The weighted sum over each row's experts, [R, D]."""
+        return self.bags.sum(rows_ND, self.pair_weight_N).to(rows_ND.dtype)
 
-def reorder(rows_RD: Tensor, order_R: Tensor) -> Tensor:
-    """rows[order] for a permutation `order`."""
-    return _Reorder.apply(rows_RD, order_R, invert(order_R))
-
-
-def weighted_sum(rows_RD: Tensor, weights_TK: Tensor, row_of_pair_TK: Tensor) -> Tensor:
-    """y[t] = sum over k of weights[t, k] * rows[row_of_pair[t, k]], [T, D].
-
-    A matrix product in the dtype of the rows: weights are rounded to it, the kernel adds up in FP32.
-    """
-    rows_TKD = reorder(rows_RD, row_of_pair_TK.flatten()).unflatten(0, row_of_pair_TK.shape)
-    return torch.bmm(weights_TK[:, None].to(rows_RD.dtype), rows_TKD).squeeze(1)
+    def reduce_back(self, grad_RD: Tensor, rows_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of `reduce`: of the rows, [N, D], and of the weights in the order of pairs, FP32 [N]."""
+        grad_ND = self.expand(grad_RD).float()
+        weight_grad_N = torch.linalg.vecdot(grad_ND, rows_ND.float())
+        return grad_ND.mul_(self.weight_N[:, None]).to(rows_ND.dtype), weight_grad_N[self.bags.order_N]

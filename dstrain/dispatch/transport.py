@@ -1,0 +1,185 @@
+"""What every transport does: rows over its hops, to the experts and back, forward and backward.
+
+    dispatch            tokens in the wire format over the hops, each row once for each of its experts
+    combine             weighted sum over a row's experts, home over the hops in reverse, summed wherever rows meet
+    gradient of combine   as dispatch, on the same legs; yields the gradient of the weights at the experts' rank
+    gradient of dispatch  as combine without weights; takes the gradient of the weights along
+
+The expert's rank multiplies by the weights, in FP32. Sums are FP32 inside a rank; between ranks rows travel home in the
+compute dtype. Out they travel in the wire format: quantised once, where they start, and forwarded as bytes. All of it
+happens in a lane, off the main thread.
+
+Shapes: T tokens, K experts per token, D hidden, B bytes of a row, A arrived rows, R rows by expert, N pairs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dstrain.comm.lane import Lane
+from dstrain.comm.trace import Label, Transfer
+from dstrain.dispatch.contract import Arrived, Route
+from dstrain.dispatch.hop import Crossing, FirstOut, Home, Hop, Leg, Out, relay
+from dstrain.dispatch.permute import Expansion, Pairs
+from dstrain.dispatch.transfer import Flying, Landed, Started, Way
+from dstrain.dispatch.wire import Plain, WireFormat
+
+
+@dataclass
+class Ticket:
+    """What a micro-batch leaves in a layer's transport between dispatch and the end of its backward pass."""
+
+    shape_TK: torch.Size
+    hidden: int
+    dtype: torch.dtype
+    label: Label
+    legs: list[Leg] = field(default_factory=list)
+    # Known once the tokens have arrived.
+    expansion: Expansion | None = None
+    # By pair, from the gradient of combine to that of dispatch.
+    weight_grad_N: Tensor | None = None
+
+    @property
+    def arrived(self) -> Expansion:
+        if self.expansion is None:
+            raise RuntimeError("combine was called before the dispatch had arrived")
+        return self.expansion
+
+
+class Transport:
+    """`experts` experts of this rank, behind `hops` and a lane; without hops, all of them, and no lane.
+
+    `wire` None: the dtype of the tokens.
+    """
+
+    # For timelines.
+    group = "ep"
+
+    def __init__(self, experts: int, wire: WireFormat | None, hops: Sequence[Hop] = (), lane: Lane | None = None):
+        self.experts, self.wire, self.hops, self.lane = experts, wire, tuple(hops), lane
+
+    def dispatch(self, x_TD: Tensor, route: Route) -> Started[Arrived]:
+        label = self.lane.trace.label if self.lane else Label()
+        ticket = Ticket(route.experts_TK.shape, x_TD.shape[1], x_TD.dtype, label)
+        way = Way(
+            "dispatch",
+            lambda x, weights: self._dispatch(x, route.experts_TK, weights, ticket),
+            lambda grad: self._dispatch_back(grad, ticket),
+        )
+        return Started(way, lambda rows: Arrived(rows, ticket.arrived.counts_E, ticket), x_TD, route.weights_TK)
+
+    def combine(self, rows_RD: Tensor, ticket: Ticket) -> Started[Tensor]:
+        way = Way(
+            "combine",
+            lambda rows: self._combine(rows, ticket),
+            lambda grad, rows: self._combine_back(grad, rows, ticket),
+            kept=(rows_RD.detach(),),
+        )
+        return Started(way, lambda y: y, rows_RD)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        if self.lane is not None:
+            self.lane.close()
+
+    def _dispatch(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, ticket: Ticket) -> Flying:
+        def unload(cargo: tuple[Tensor, Pairs]) -> tuple[Tensor, ...]:
+            bytes_AB, pairs = cargo
+            ticket.expansion = Expansion.of(pairs, self.experts)
+            return ticket.expansion.expand(self._decode(bytes_AB, ticket)), ticket.expansion.counts_E
+
+        return self._fly(
+            "dispatch",
+            replace(ticket.label, direction="forward"),
+            lambda transfer: [FirstOut(hop, transfer, ticket.legs) for hop in self.hops],
+            lambda: (self._encode(x_TD, ticket), Pairs.of_tokens(experts_TK, weights_TK)),
+            unload,
+            (x_TD, experts_TK, weights_TK),
+        )
+
+    def _dispatch_back(self, grad_RD: Tensor, ticket: Ticket) -> Flying:
+        expansion = ticket.arrived
+
+        def load() -> tuple[Tensor, Tensor]:
+            weight_grad_N, ticket.weight_grad_N = ticket.weight_grad_N, None
+            if weight_grad_N is None:
+                weight_grad_N = torch.zeros_like(expansion.pair_weight_N)
+            return expansion.expand_back(grad_RD), weight_grad_N
+
+        def unload(cargo: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+            x_grad_TD, weight_grad_N = cargo
+            return x_grad_TD, weight_grad_N.view(ticket.shape_TK)
+
+        label = replace(ticket.label, direction="backward")
+        return self._fly("dispatch", label, lambda t: self._homeward(t, ticket, True), load, unload, (grad_RD,))
+
+    def _combine(self, rows_RD: Tensor, ticket: Ticket) -> Flying:
+        return self._fly(
+            "combine",
+            replace(ticket.label, direction="forward"),
+            lambda transfer: self._homeward(transfer, ticket, False),
+            lambda: (ticket.arrived.reduce(rows_RD), None),
+            lambda cargo: (cargo[0],),
+            (rows_RD,),
+        )
+
+    def _combine_back(self, grad_TD: Tensor, rows_RD: Tensor, ticket: Ticket) -> Flying:
+        def unload(bytes_AB: Tensor) -> tuple[Tensor, ...]:
+            grad_AD = self._decode(bytes_AB, ticket)
+            grad_RD, ticket.weight_grad_N = ticket.arrived.reduce_back(grad_AD, rows_RD)
+            return (grad_RD,)
+
+        def outward(transfer: Transfer) -> list[Crossing]:
+            return [
+                Out(hop, transfer, leg, self._row_bytes(ticket))
+                for hop, leg in zip(self.hops, ticket.legs, strict=True)
+            ]
+
+        return self._fly(
+            "combine",
+            replace(ticket.label, direction="backward"),
+            outward,
+            lambda: self._encode(grad_TD, ticket),
+            unload,
+            (grad_TD, rows_RD),
+        )
+
+    def _homeward(self, transfer: Transfer, ticket: Ticket, with_numbers: bool) -> list[Crossing]:
+        legs = zip(reversed(self.hops), reversed(ticket.legs), strict=True)
+        return [Home(hop, transfer, leg, ticket.hidden, ticket.dtype, with_numbers) for hop, leg in legs]
+
+    def _fly(
+        self,
+        kind: str,
+        label: Label,
+        crossings: Callable[[Transfer], Sequence[Crossing]],
+        load: Callable[[], Any],
+        unload: Callable[[Any], tuple[Tensor, ...]],
+        reads: Sequence[Tensor],
+    ) -> Flying:
+        """Starts a way over the hops; at once, where there is none."""
+        if self.lane is None:
+            return Landed(unload(load()))
+        transfer = self.lane.trace.begin(kind, self.group, label)
+        way = crossings(transfer)
+
+        def close(_: Any) -> None:
+            for crossing in way:
+                crossing.close()
+
+        return self.lane.submit(relay(way, load, unload), transfer, reads, close)
+
+    def _format(self, ticket: Ticket) -> WireFormat:
+        return self.wire or Plain(ticket.dtype)
+
+    def _row_bytes(self, ticket: Ticket) -> int:
+        return self._format(ticket).row_bytes(ticket.hidden)
+
+    def _encode(self, rows_TD: Tensor, ticket: Ticket) -> Tensor:
+        return self._format(ticket).encode(rows_TD)
+
+    def _decode(self, bytes_AB: Tensor, ticket: Ticket) -> Tensor:
+        return self._format(ticket).decode(bytes_AB, ticket.hidden, ticket.dtype)
