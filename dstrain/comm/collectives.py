@@ -29,6 +29,8 @@ class Peers:
     ranks: tuple[int, ...] = ()
     # What lies between this rank and each member; empty: one node.
     links: tuple[Link, ...] = ()
+    # Members on a node, where the group is a run of several equally large nodes; otherwise 1.
+    per_node: int = 1
 
     @property
     def size(self) -> int:

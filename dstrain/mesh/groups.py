@@ -158,7 +158,9 @@ class _Joiner:
         if group is None:
             raise RuntimeError(f"rank {self.place.rank} did not get the {name} group of the ranks {list(ranks)}")
         links = tuple(self.topology.link(self.place.rank, rank) for rank in ranks)
-        return Peers(group, self.trace, name, tuple(ranks), links)
+        grid = self.topology.grid(ranks)
+        per_node = len(grid[0]) if grid is not None and len(grid) > 1 else 1
+        return Peers(group, self.trace, name, tuple(ranks), links, per_node)
 
     def inside(self, ep_groups: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
         """Across and inside the nodes of every ep group that spans several equally large ones."""

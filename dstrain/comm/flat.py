@@ -1,0 +1,192 @@
+"""Flat buffers of which every member of a group owns an equal share: sums of shares, and gathering them.
+
+    flight = flat.reduce_scatter(x, peers, wire, "grad")      flight.wait(): this rank's share of the sum
+    flight = flat.all_gather(x, peers, "param")               flight.wait(): all shares are in x
+
+Both only start: conversion, exchange and sum run in a lane, one buffer after the other, and x must be left alone until
+the wait. Every message goes straight to its reader, in two hops:
+
+    reduce-scatter   inside the node, rank i gets the shares of all ranks with index i; then the sums cross the network
+    all-gather       the other way round: a share crosses once per node, to the rank with the same index, and spreads
+
+So a rank sends N - 1 shares over the network and N * (L - 1) inside the node. In a group that isn't a run of several
+equal nodes, L is 1. Sums are made in FP32 in the order of ranks, then of nodes: they depend on the values and the
+topology only. With a narrow wire dtype, what crosses is rounded to it, the sum of a node as well.
+
+Shapes: N nodes, L ranks of a node, P = N * L ranks of the group, S elements of a share. Rank l of node n is member
+n * L + l.
+"""
+
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dstrain.comm.collectives import Peers
+from dstrain.comm.lane import Flight, Lane, Stage
+from dstrain.comm.mailbox import Exchange, GlooMailbox, Mailbox, NcclMailbox, Pool
+from dstrain.comm.trace import Trace, Transfer
+
+# Buffers between departure and arrival: while one is on the wire, the next one is packed. Each takes about twice its
+# size in the wire dtype.
+UNDER_WAY = 2
+
+
+class FlatCollectives:
+    """A lane for all groups, and mailboxes for each."""
+
+    def __init__(self, trace: Trace):
+        self.trace = trace
+        # Any number may wait for its turn, which takes no memory: whoever starts one must never be held up.
+        self._lane = Lane(trace, depth=sys.maxsize)
+        self._pool = Pool()
+        self._room = threading.Semaphore(UNDER_WAY)
+        self._mailboxes: dict[tuple[str, int], Mailbox] = {}
+
+    def reduce_scatter(self, x: Tensor, peers: Peers, wire: torch.dtype, kind: str) -> Flight:
+        """The sum over the group of every rank's x, FP32 and flat, its length a multiple of the group size.
+
+        `wait` gives this rank's share of the sum, a view of x, or raises PeerError; the rest of x is scratch.
+        """
+        return self._start(_Reduce(self._mailbox(peers, 0), peers, x, wire, self.trace.begin(kind, peers.name)))
+
+    def all_gather(self, x: Tensor, peers: Peers, kind: str) -> Flight:
+        """Every rank's share of x, flat, its length a multiple of the group size: written into x of all ranks.
+
+        `wait` raises PeerError.
+        """
+        return self._start(_Gather(self._mailbox(peers, 1), peers, x, x.dtype, self.trace.begin(kind, peers.name)))
+
+    def _mailbox(self, peers: Peers, tag: int) -> Mailbox:
+        """One for sums and one for gathering: a hop inside the node comes first in one and last in the other."""
+        found = self._mailboxes.get((peers.name, tag))
+        if found is None:
+            found = NcclMailbox(peers) if self.trace.device.type == "cuda" else GlooMailbox(peers, tag, self._pool)
+            self._mailboxes[peers.name, tag] = found
+        return found
+
+    def _start(self, work: "_Work") -> Flight:
+        def depart(_: Any) -> None:
+            self._room.acquire()
+            work.depart()
+
+        def close(_: Any) -> None:
+            work.close()
+            self._room.release()
+
+        stages: list[Stage] = [depart, lambda _: work.relay(), lambda _: work.arrive()]
+        if self.trace.device.type == "cuda":
+            # Threads must not share a communicator, and on a device the stages are asynchronous anyway.
+            stages = [_in_turn(stages)]
+        return self._lane.submit(stages, work.transfer, [work.x_NLS], close)
+
+
+def _in_turn(stages: Sequence[Stage]) -> Stage:
+    def run(value: Any) -> Any:
+        for stage in stages:
+            value = stage(value)
+        return value
+
+    return run
+
+
+class _Work:
+    """A collective under way, in three steps and two hops."""
+
+    def __init__(self, mailbox: Mailbox, peers: Peers, x: Tensor, wire: torch.dtype, transfer: Transfer):
+        self.mailbox, self.wire, self.transfer = mailbox, wire, transfer
+        self.size, self.ranks = peers.size, peers.per_node
+        self.node, self.local = divmod(peers.index, self.ranks)
+        self.x_NLS = x.view(self.size // self.ranks, self.ranks, -1)
+        # Of this node, and of this index in every node.
+        self.neighbours = [self.node * self.ranks + local for local in range(self.ranks)]
+        self.counterparts = list(range(self.local, self.size, self.ranks))
+        self.exchanges: list[Exchange] = []
+
+    def depart(self) -> None:
+        """Starts the first hop."""
+        raise NotImplementedError
+
+    def relay(self) -> None:
+        """Waits for the first hop and starts the second."""
+        raise NotImplementedError
+
+    def arrive(self) -> Tensor:
+        """Waits for the second hop."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        for exchange in self.exchanges:
+            exchange.close()
+
+    def swap(self, members: list[int], parts: Sequence[Tensor]) -> None:
+        """Starts sending a part to each of the members, this rank among them, who send as much."""
+        sizes = [0] * self.size
+        for member, part in zip(members, parts, strict=True):
+            sizes[member] = part.numel() * self.wire.itemsize
+        exchange = self.mailbox.open(self.transfer, sizes)
+        buffers = exchange.outgoing(sizes)
+        for member, part in zip(members, parts, strict=True):
+            buffers[member].view(self.wire).view(part.shape).copy_(part)
+        exchange.send()
+        self.exchanges.append(exchange)
+
+    def arrived(self, members: list[int], like: Tensor) -> list[Tensor]:
+        """What the members sent in the last swap."""
+        parts, num_bytes = self.exchanges[-1].wait(), like.numel() * self.wire.itemsize
+        return [parts[member][:num_bytes].view(self.wire).view(like.shape) for member in members]
+
+
+class _Reduce(_Work):
+    """Sums inside the node, then across; both replace this rank's own values in x."""
+
+    def depart(self) -> None:
+        if len(self.neighbours) > 1:
+            self.swap(self.neighbours, self.x_NLS.unbind(1))
+
+    def relay(self) -> None:
+        own_NS = self.x_NLS[:, self.local]
+        if len(self.neighbours) > 1:
+            _add(self.arrived(self.neighbours, own_NS), own_NS)
+        if len(self.counterparts) > 1:
+            self.swap(self.counterparts, own_NS.unbind(0))
+
+    def arrive(self) -> Tensor:
+        own_S = self.x_NLS[self.node, self.local]
+        if len(self.counterparts) > 1:
+            _add(self.arrived(self.counterparts, own_S), own_S)
+        return own_S
+
+
+class _Gather(_Work):
+    """Across the nodes, then inside."""
+
+    def depart(self) -> None:
+        if len(self.counterparts) > 1:
+            self.swap(self.counterparts, [self.x_NLS[self.node, self.local]] * len(self.counterparts))
+
+    def relay(self) -> None:
+        own_NS = self.x_NLS[:, self.local]
+        if len(self.counterparts) > 1:
+            for row_S, part_S in zip(own_NS, self.arrived(self.counterparts, own_NS[0]), strict=True):
+                row_S.copy_(part_S)
+        if len(self.neighbours) > 1:
+            self.swap(self.neighbours, [own_NS] * len(self.neighbours))
+
+    def arrive(self) -> Tensor:
+        if len(self.neighbours) > 1:
+            parts = self.arrived(self.neighbours, self.x_NLS[:, self.local])
+            for column_NS, part_NS in zip(self.x_NLS.unbind(1), parts, strict=True):
+                column_NS.copy_(part_NS)
+        return self.x_NLS
+
+
+def _add(parts: Sequence[Tensor], out: Tensor) -> None:
+    """The sum in FP32, in the order of the parts."""
+    out.copy_(parts[0])
+    for part in parts[1:]:
+        # Widened first: torch adds mixed dtypes at a quarter of the speed.
+        out.add_(part.float())
