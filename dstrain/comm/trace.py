@@ -7,7 +7,7 @@ costs nothing.
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -80,6 +80,8 @@ class CommTotals:
     # The time that this is the account of.
     start_s: float = 0.0
     end_s: float = 0.0
+    # The exposed time by what was waited for.
+    waited_ms: dict[str, float] = field(default_factory=dict)
 
     @property
     def hidden_share(self) -> float | None:
@@ -99,13 +101,13 @@ class Trace:
         self.keeps_spans = False
         self._lock = threading.Lock()
         self._began_s = time.perf_counter()
-        self._waited_s = 0.0
+        self._waited_ms: defaultdict[str, float] = defaultdict(float)
         self._sent_bytes: Counter[str] = Counter()
         self._link_bytes: Counter[Link] = Counter()
         self._transfers: list[Transfer] = []
         self._spans: list[Span] = []
-        # On a GPU, what has yet to be read off: the events of waits, and those of spans with their names.
-        self._waits: list[Events] = []
+        # On a GPU, what has yet to be read off: the events of waits with their kind, those of spans with their name.
+        self._waits: list[tuple[str, Label, Events]] = []
         self._span_events: list[tuple[str, Label, Events]] = []
 
     @contextmanager
@@ -140,19 +142,19 @@ class Trace:
     def waiting(self, transfer: Transfer | None = None) -> Iterator[None]:
         """Around every wait of compute: wall time on a CPU; on a GPU, where the host doesn't block, time on the
         current stream."""
-        name = f"wait {transfer.kind}" if transfer else "wait"
+        kind = transfer.kind if transfer else "other"
         if self.device.type == "cuda":
-            with self._events(self._waits, name):
+            with self._events(self._waits, kind):
                 yield
             return
         began = time.perf_counter()
         yield
         ended = time.perf_counter()
-        self._waited_s += ended - began
+        self._waited_ms[kind] += (ended - began) * 1e3
         if transfer is not None:
             transfer.waited_s += ended - began
         if self.keeps_spans:
-            self._spans.append(Span(name, self.label, began, ended))
+            self._spans.append(Span(f"wait {kind}", self.label, began, ended))
 
     @contextmanager
     def computing(self, name: str) -> Iterator[None]:
@@ -160,7 +162,7 @@ class Trace:
         if not self.keeps_spans:
             yield
         elif self.device.type == "cuda":
-            with self._events([], name):
+            with self._events(self._span_events, name):
                 yield
         else:
             began = time.perf_counter()
@@ -168,31 +170,43 @@ class Trace:
             self._spans.append(Span(name, self.label, began, time.perf_counter()))
 
     @contextmanager
-    def _events(self, keep: list[Events], name: str) -> Iterator[None]:
-        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        events[0].record()
+    def _events(self, keep: list[tuple[str, Label, Events]], name: str) -> Iterator[None]:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
         yield
-        events[1].record()
-        keep.append(events)
-        if self.keeps_spans:
-            self._span_events.append((name, self.label, events))
+        end.record()
+        keep.append((name, self.label, (start, end)))
 
-    def exposed_ms(self) -> float:
-        """Since the last `take`. On a GPU the events must have happened: call it after a synchronisation."""
-        return self._waited_s * 1e3 + sum(start.elapsed_time(end) for start, end in self._waits)
+    def waited_ms(self) -> dict[str, float]:
+        """By kind, since the last `take`. On a GPU the events must have happened: call it after a synchronisation."""
+        waited_ms = self._waited_ms.copy()
+        for kind, _, (start, end) in self._waits:
+            waited_ms[kind] += start.elapsed_time(end)
+        return dict(waited_ms)
 
     def take(self) -> CommTotals:
         """The account, and a fresh start. On a GPU, call it after a synchronisation."""
-        now, exposed_ms = time.perf_counter(), self.exposed_ms()
+        now, waited_ms = time.perf_counter(), self.waited_ms()
         with self._lock:
             transfers, self._transfers = self._transfers, [t for t in self._transfers if t.end_s is None]
             sent_bytes, self._sent_bytes = self._sent_bytes, Counter()
             link_bytes, self._link_bytes = self._link_bytes, Counter()
+        if self.keeps_spans:
+            self._span_events += [(f"wait {kind}", label, events) for kind, label, events in self._waits]
         spans, self._spans = [*self._spans, *_read_off(self._span_events)], []
         began, self._began_s = self._began_s, now
-        self._waited_s, self._waits, self._span_events = 0.0, [], []
-        busy_ms = sum(end - start for start, end in busy(transfers, began, now)) * 1e3
-        return CommTotals(exposed_ms, busy_ms, dict(sent_bytes), dict(link_bytes), transfers, spans, began, now)
+        self._waited_ms, self._waits, self._span_events = defaultdict(float), [], []
+        return CommTotals(
+            sum(waited_ms.values()),
+            sum(end - start for start, end in busy(transfers, began, now)) * 1e3,
+            dict(sent_bytes),
+            dict(link_bytes),
+            transfers,
+            spans,
+            began,
+            now,
+            waited_ms,
+        )
 
 
 def _read_off(span_events: list[tuple[str, Label, Events]]) -> Iterator[Span]:

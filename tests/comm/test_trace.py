@@ -34,7 +34,9 @@ def test_only_waiting_is_exposed():
         with trace.waiting(transfer):
             time.sleep(0.02)
     time.sleep(0.05)
-    assert 40 <= trace.take().exposed_ms < 90
+    totals = trace.take()
+    assert 40 <= totals.exposed_ms < 90
+    assert totals.waited_ms == {"dispatch": totals.exposed_ms}
     assert 0.04 <= transfer.waited_s < 0.09
 
 
