@@ -25,24 +25,7 @@ from dstrain.comm.lane import Stage
 from dstrain.comm.mailbox import Exchange, Mailbox, align
 from dstrain.comm.trace import Transfer
 from dstrain.dispatch.permute import Bags, Pairs, count
-
-COUNTS_BYTES = 8
-WEIGHT_BYTES = 4
-
-
-def mask_bytes(experts: int) -> int:
-    """Of the mask of a row for a rank with so many experts."""
-    return -(-experts // 8)
-
-
-def first_bytes(rows: int, pairs: int, experts: int, row_bytes: int) -> int:
-    """Of a first message out to a rank with `experts` experts, without the header of the mailbox."""
-    return align(COUNTS_BYTES + pairs * WEIGHT_BYTES + rows * mask_bytes(experts)) + rows * row_bytes
-
-
-def home_bytes(rows: int, pairs: int, row_bytes: int) -> int:
-    """Of a message home; `pairs` is 0 where no numbers travel."""
-    return align(pairs * WEIGHT_BYTES) + rows * row_bytes
+from dstrain.plan.traffic import COUNTS_BYTES, WEIGHT_BYTES, first_bytes, home_bytes, mask_bytes
 
 
 @dataclass

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dstrain.errors import ConfigError
+from dstrain.plan.traffic import ROW_ALIGNMENT, row_bytes
 
 NAMES = ("float32", "bfloat16", "fp8", "fp4")
-ALIGNMENT = 8
 
 
 class WireFormat(Protocol):
@@ -72,11 +72,11 @@ class Plain:
         return str(self.dtype).removeprefix("torch.")
 
     def row_bytes(self, hidden: int) -> int:
-        return _aligned(hidden * self.dtype.itemsize)
+        return row_bytes(self.name, hidden)
 
     def encode(self, rows_RD: Tensor, out: Tensor | None = None) -> Tensor:
         used = rows_RD.shape[1] * self.dtype.itemsize
-        if out is None and used % ALIGNMENT == 0 and rows_RD.numel():
+        if out is None and used % ROW_ALIGNMENT == 0 and rows_RD.numel():
             return rows_RD.to(self.dtype).contiguous().view(torch.uint8)
         out = _bytes(self, rows_RD, out, used)
         out[:, :used].view(self.dtype).copy_(rows_RD)
@@ -94,7 +94,7 @@ class Fp8:
     largest = 448.0
 
     def row_bytes(self, hidden: int) -> int:
-        return _aligned(hidden + -(-hidden // self.tile))
+        return row_bytes(self.name, hidden)
 
     def encode(self, rows_RD: Tensor, out: Tensor | None = None) -> Tensor:
         hidden = rows_RD.shape[1]
@@ -119,7 +119,7 @@ class Fp4:
     largest = 6.0
 
     def row_bytes(self, hidden: int) -> int:
-        return _aligned(-(-hidden // self.tile) * (self.tile // 2 + 1))
+        return row_bytes(self.name, hidden)
 
     def encode(self, rows_RD: Tensor, out: Tensor | None = None) -> Tensor:
         scaled_RSV, scale8_RS = _scaled(rows_RD, self.tile, self.largest)
@@ -137,10 +137,6 @@ class Fp4:
         pairs = bytes_RB[:, :values].reshape(-1).int()
         values_RD = _e2m1_pairs(bytes_RB.device).index_select(0, pairs).view(torch.float32).view(-1, 2 * values)
         return _unscaled(values_RD, bytes_RB[:, values : values + tiles], self.tile, dtype)[:, :hidden]
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _bytes(wire: WireFormat, rows_RD: Tensor, out: Tensor | None, used: int) -> Tensor:
