@@ -1,48 +1,27 @@
-"""Every transport does the same: tokens to their experts and back, forward and backward, however they are routed."""
+"""Every transport does what loops over tokens and experts do, forward and backward, however tokens are routed."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dstrain.comm.collectives import Peers
-from dstrain.comm.trace import Trace
-from dstrain.dispatch.alltoall import AllToAllDispatcher
-from dstrain.dispatch.contract import Arrived, Dispatcher, Route
+from dstrain.dispatch.contract import Arrived, Dispatcher
 from dstrain.dispatch.local import LocalDispatcher
+from dstrain.dispatch.wire import WireFormat, wire_format
+from tests.dispatch.cases import EXPERTS, ROUTES, TRANSPORTS, WIDTH, balanced, make, route_of, tokens
 from tests.gloo.spawn import spawn
 
-EXPERTS, WIDTH, TOKENS = 4, 8, 6
-DTYPES = [torch.float32, torch.bfloat16]
-
-
-def balanced(rank: int) -> Tensor:
-    return torch.stack([(torch.arange(2) + token + rank) % EXPERTS for token in range(TOKENS)])
-
-
-def skewed(rank: int) -> Tensor:
-    """Every token visits expert 0, with changing company."""
-    return torch.stack([torch.tensor([1 + token % 3, 0]) for token in range(TOKENS)])
-
-
-def random_choice(rank: int) -> Tensor:
-    generator = torch.Generator().manual_seed(rank)
-    return torch.rand(TOKENS + rank, EXPERTS, generator=generator).topk(3).indices
-
-
-# experts_TK of a rank.
-ROUTES = {
-    "balanced": balanced,
-    "skewed": skewed,
-    "random": random_choice,
-    "one expert takes all": lambda rank: torch.full((TOKENS, 1), 2),
-    "one expert per token": lambda rank: torch.arange(TOKENS)[:, None] % EXPERTS,
-    "every expert": lambda rank: torch.stack([torch.arange(EXPERTS).roll(token) for token in range(TOKENS)]),
-    "rank without tokens": lambda rank: balanced(rank)[: 0 if rank == 1 else TOKENS],
-    "no tokens at all": lambda rank: balanced(rank)[:0],
+# Compute dtype and wire.
+FORMATS = {
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, None),
+    "float32, bfloat16 on the wire": (torch.float32, "bfloat16"),
+    "float32, fp8 on the wire": (torch.float32, "fp8"),
+    "bfloat16, fp8 on the wire": (torch.bfloat16, "fp8"),
+    "float32, fp4 on the wire": (torch.float32, "fp4"),
 }
 
 
@@ -53,25 +32,19 @@ class Outcome:
     y_TD: Tensor
     x_grad_TD: Tensor
     weights_grad_TK: Tensor
-    # Gradients of this rank's experts from this rank's calls, [local E, D, D].
+    # Gradients of the experts, [experts, D, D]: of those of a rank, or of all from one rank's tokens.
     experts_grad: Tensor
     counts: list[int]
 
 
-def route_of(experts_TK: Tensor, rank: int) -> Route:
-    """Weights that sum to one."""
-    generator = torch.Generator().manual_seed(100 + rank)
-    weights_TK = torch.rand(experts_TK.shape, generator=generator).softmax(-1)
-    return Route(experts_TK, weights_TK.requires_grad_())
-
-
-def tokens(count: int, rank: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(200 + rank)
-    return torch.randn(count, WIDTH, generator=generator).to(dtype).requires_grad_()
+def form(name: str) -> tuple[torch.dtype, WireFormat | None]:
+    dtype, wire = FORMATS[name]
+    return dtype, wire and wire_format(wire, dtype)
 
 
 def all_experts(dtype: torch.dtype) -> Tensor:
-    return torch.randn(EXPERTS, WIDTH, WIDTH, generator=torch.Generator().manual_seed(7)).to(dtype)
+    weights = torch.randn(EXPERTS, WIDTH, WIDTH, generator=torch.Generator().manual_seed(7))
+    return (weights / WIDTH**0.5).to(dtype)
 
 
 def through_experts(arrived: Arrived, experts: Tensor) -> Tensor:
@@ -79,66 +52,111 @@ def through_experts(arrived: Arrived, experts: Tensor) -> Tensor:
     return torch.cat([torch.tanh(rows @ weight) for rows, weight in parts])
 
 
+def coefficients(tokens: int, rank: int) -> Tensor:
+    return torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(300 + rank))
+
+
 def run(dispatcher: Dispatcher, held: slice, experts_TK: Tensor, rank: int, dtype: torch.dtype) -> Outcome:
     route, x_TD = route_of(experts_TK, rank), tokens(len(experts_TK), rank, dtype)
     experts = all_experts(dtype)[held].requires_grad_()
     arrived = dispatcher.dispatch(x_TD, route).wait()
     y_TD = dispatcher.combine(through_experts(arrived, experts), arrived.ticket).wait()
-    coefficients = torch.randn(y_TD.shape, generator=torch.Generator().manual_seed(300 + rank))
-    (y_TD.float() * coefficients).sum().backward()
+    (y_TD.float() * coefficients(len(y_TD), rank)).sum().backward()
     assert y_TD.dtype == dtype
     return Outcome(y_TD.detach(), x_TD.grad, route.weights_TK.grad, experts.grad, arrived.counts_E.tolist())
 
 
-def peers() -> Peers:
-    return Peers(dist.group.WORLD, Trace(torch.device("cpu")))
+@cache
+def reference(case: str, name: str, rank: int) -> Outcome:
+    """Loops over tokens and experts in FP64, with inputs and incoming gradients as the wire rounds them."""
+    dtype, wire = form(name)
+    experts_TK = ROUTES[case](rank)
+    route, given_TD = route_of(experts_TK, rank), tokens(len(experts_TK), rank, dtype).detach()
+    x_TD = rounded(given_TD, wire).double().requires_grad_()
+    experts = all_experts(dtype).double().requires_grad_()
+    # Nothing, but every input has a gradient.
+    y_TD = 0 * (x_TD + route.weights_TK.sum() + experts.sum())
+    for t, chosen_K in enumerate(experts_TK.tolist()):
+        for k, expert in enumerate(chosen_K):
+            y_TD[t] += route.weights_TK[t, k] * torch.tanh(x_TD[t] @ experts[expert])
+    y_grad_TD = rounded(coefficients(len(x_TD), rank).to(dtype), wire)
+    (y_TD * y_grad_TD.double()).sum().backward()
+    counts = experts_TK.flatten().bincount(minlength=EXPERTS).tolist()
+    return Outcome(y_TD.detach(), x_TD.grad, route.weights_TK.grad, experts.grad, counts)
 
 
-def across(rank: int, world: int) -> dict[str, Outcome]:
-    """Every case over all ranks."""
-    dispatcher, share = AllToAllDispatcher(EXPERTS, peers()), EXPERTS // world
+def rounded(rows_TD: Tensor, wire: WireFormat | None) -> Tensor:
+    return rows_TD if wire is None else wire.decode(wire.encode(rows_TD), WIDTH, rows_TD.dtype)
+
+
+def assert_equal(found: Outcome, expected: Outcome, dtype: torch.dtype) -> None:
+    """But for the experts' gradients, to which all ranks add."""
+    for field in ("y_TD", "x_grad_TD", "weights_grad_TK"):
+        assert_close(getattr(found, field), getattr(expected, field), dtype)
+
+
+def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    error, size = (found.double() - expected).norm().item(), expected.norm().item()
+    assert found.shape == expected.shape
+    assert error <= size * (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def across(rank: int, world: int) -> dict[tuple[str, str, str], Outcome]:
+    """Every case over all ranks, by transport, format and route."""
+    share = EXPERTS // world
     held = slice(rank * share, (rank + 1) * share)
-    return {
-        f"{case} {dtype}": run(dispatcher, held, experts_of(rank), rank, dtype)
-        for case, experts_of in ROUTES.items()
-        for dtype in DTYPES
-    }
+    found = {}
+    for transport in TRANSPORTS[world]:
+        for name in FORMATS:
+            dtype, wire = form(name)
+            dispatcher = make(transport, wire)
+            for case, experts_of in ROUTES.items():
+                found[transport, name, case] = run(dispatcher, held, experts_of(rank), rank, dtype)
+            dispatcher.close()
+    return found
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
-def outcomes(request: pytest.FixtureRequest) -> list[dict[str, Outcome]]:
-    return spawn(across, request.param)
+@cache
+def outcomes(world: int) -> list[dict[tuple[str, str, str], Outcome]]:
+    return spawn(across, world)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("world", "transport"), [(n, name) for n, names in TRANSPORTS.items() for name in names])
+def test_a_transport_equals_loops(world: int, transport: str, name: str):
+    dtype, _ = FORMATS[name]
+    for case in ROUTES:
+        found = [outcome[transport, name, case] for outcome in outcomes(world)]
+        expected = [reference(case, name, rank) for rank in range(world)]
+        for ours, plain in zip(found, expected, strict=True):
+            assert_equal(ours, plain, dtype)
+        # An expert learns from the tokens of all ranks, and counts them.
+        experts_grad = torch.stack([plain.experts_grad for plain in expected]).sum(0)
+        assert_close(torch.cat([ours.experts_grad for ours in found]), experts_grad, dtype)
+        counts = torch.tensor([plain.counts for plain in expected]).sum(0)
+        assert [count for ours in found for count in ours.counts] == counts.tolist()
+
+
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("case", ROUTES)
-def test_all_to_all_equals_local(outcomes: list[dict[str, Outcome]], case: str, dtype: torch.dtype):
-    world = len(outcomes)
-    found = [outcome[f"{case} {dtype}"] for outcome in outcomes]
-    local = LocalDispatcher(EXPERTS)
-    expected = [run(local, slice(None), ROUTES[case](rank), rank, dtype) for rank in range(world)]
-    close = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {}
-    for ours, reference in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours.y_TD, reference.y_TD, **close)
-        torch.testing.assert_close(ours.x_grad_TD, reference.x_grad_TD, **close)
-        torch.testing.assert_close(ours.weights_grad_TK, reference.weights_grad_TK, **close)
-    # An expert learns from the tokens of all ranks.
-    grads = torch.stack([reference.experts_grad for reference in expected]).float().sum(0)
-    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
-    torch.testing.assert_close(torch.cat([ours.experts_grad for ours in found]).float(), grads, **close)
-
-
-@pytest.mark.parametrize("case", ROUTES)
-def test_counts_say_how_many_rows_each_expert_got(outcomes: list[dict[str, Outcome]], case: str):
-    routed = torch.cat([ROUTES[case](rank).flatten() for rank in range(len(outcomes))])
-    found = [count for outcome in outcomes for count in outcome[f"{case} {torch.float32}"].counts]
-    assert found == routed.bincount(minlength=EXPERTS).tolist()
+def test_local_equals_loops(case: str, name: str):
+    dtype, wire = form(name)
+    found, expected = (
+        run(LocalDispatcher(EXPERTS, wire), slice(None), ROUTES[case](0), 0, dtype),
+        reference(case, name, 0),
+    )
+    assert_equal(found, expected, dtype)
+    assert_close(found.experts_grad, expected.experts_grad, dtype)
+    assert found.counts == expected.counts
 
 
 class HostWaits(TorchFunctionMode):
-    """Notes the calls for which the host would wait for a GPU."""
+    """Notes the calls for which the host would wait for a GPU, in this thread."""
 
-    WAITING = (Tensor.tolist, Tensor.item, Tensor.bincount, torch.bincount, torch.tensor, Tensor.new_tensor)
+    WAITING = (
+        *(Tensor.tolist, Tensor.item, Tensor.bincount, Tensor.nonzero, Tensor.new_tensor),
+        *(torch.bincount, torch.nonzero, torch.tensor),
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,13 +175,13 @@ def host_waits(dispatcher: Dispatcher, rank: int) -> list[str]:
     return mode.calls
 
 
-def host_waits_across(rank: int, world: int) -> list[str]:
-    return host_waits(AllToAllDispatcher(EXPERTS, peers()), rank)
+def host_waits_across(rank: int, world: int) -> list[list[str]]:
+    return [host_waits(make(transport), rank) for transport in TRANSPORTS[world]]
 
 
-def test_the_host_waits_for_nothing_but_the_splits():
+def test_the_main_thread_does_not_wait_for_the_device():
     assert host_waits(LocalDispatcher(EXPERTS), 0) == []
-    assert spawn(host_waits_across, 2) == [["tolist"], ["tolist"]]
+    assert spawn(host_waits_across, 2) == [[[]] * len(TRANSPORTS[2])] * 2
 
 
 def there_and_back(dispatcher: Dispatcher, experts_TK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -176,48 +194,109 @@ def there_and_back(dispatcher: Dispatcher, experts_TK: Tensor, rank: int) -> tup
 
 
 def identities(rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
-    dispatcher = AllToAllDispatcher(EXPERTS, peers())
-    return [there_and_back(dispatcher, experts_of(rank), rank) for experts_of in ROUTES.values()]
-
-
-def assert_identity(error_TD: Tensor, grad_TD: Tensor) -> None:
-    torch.testing.assert_close(error_TD, torch.zeros_like(error_TD), rtol=0, atol=1e-6)
-    torch.testing.assert_close(grad_TD, torch.ones_like(grad_TD))
-
-
-def test_all_to_all_without_experts_is_the_identity():
-    for results in spawn(identities, 2):
-        assert len(results) == len(ROUTES)
-        for result in results:
-            assert_identity(*result)
-
-
-@pytest.mark.parametrize("case", ROUTES)
-def test_local_without_experts_is_the_identity(case: str):
-    assert_identity(*there_and_back(LocalDispatcher(EXPERTS), ROUTES[case](0), 0))
-
-
-def two_in_flight(dispatcher: Dispatcher, held: slice, rank: int) -> list[Tensor]:
-    """Two batches through one dispatcher at once, and their combines in the other order."""
-    cases = [("balanced", 0), ("random", 50)]
-    sent = [
-        dispatcher.dispatch(tokens(len(ROUTES[c](rank)), rank + n, torch.float32), route_of(ROUTES[c](rank), rank + n))
-        for c, n in cases
+    return [
+        there_and_back(make(transport), experts_of(rank), rank)
+        for transport in TRANSPORTS[world]
+        for experts_of in ROUTES.values()
     ]
-    first, second = (handle.wait() for handle in sent)
-    assert first.ticket is not second.ticket
-    experts = all_experts(torch.float32)[held]
-    home_second = dispatcher.combine(through_experts(second, experts), second.ticket)
-    home_first = dispatcher.combine(through_experts(first, experts), first.ticket)
-    return [home_first.wait().detach(), home_second.wait().detach()]
 
 
-def two_in_flight_across(rank: int, world: int) -> list[Tensor]:
-    return two_in_flight(AllToAllDispatcher(EXPERTS, peers()), slice(2 * rank, 2 * rank + 2), rank)
+def test_without_experts_tokens_come_home_as_they_were():
+    alone = [there_and_back(LocalDispatcher(EXPERTS), experts_of(0), 0) for experts_of in ROUTES.values()]
+    found = [result for results in spawn(identities, 2) for result in results]
+    assert len(found) == 2 * len(ROUTES) * len(TRANSPORTS[2])
+    for error_TD, grad_TD in alone + found:
+        torch.testing.assert_close(error_TD, torch.zeros_like(error_TD), rtol=0, atol=1e-6)
+        torch.testing.assert_close(grad_TD, torch.ones_like(grad_TD))
 
 
-def test_two_batches_in_flight_keep_apart():
-    for rank, found in enumerate(spawn(two_in_flight_across, 2)):
-        expected = two_in_flight(LocalDispatcher(EXPERTS), slice(None), rank)
-        for ours, reference in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-6)
+def in_flight(rank: int, world: int, at_once: bool) -> list[list[Tensor]]:
+    """Three batches through a dispatcher, one after the other or all between start and wait, combines in another order;
+    their results and gradients."""
+    share, found = EXPERTS // world, []
+    experts = all_experts(torch.float32)[rank * share : (rank + 1) * share]
+    for transport in TRANSPORTS[world]:
+        dispatcher = make(transport)
+        routes = [route_of(ROUTES[case](rank), rank + n) for n, case in enumerate(("balanced", "random", "skewed"))]
+        xs = [tokens(len(route.experts_TK), rank + n, torch.float32) for n, route in enumerate(routes)]
+        if at_once:
+            sent = [dispatcher.dispatch(x, route) for x, route in zip(xs, routes, strict=True)]
+            arrived = [handle.wait() for handle in sent]
+            assert len({id(batch.ticket) for batch in arrived}) == 3
+            back = [
+                dispatcher.combine(through_experts(batch, experts), batch.ticket)
+                for batch in (arrived[2], arrived[0], arrived[1])
+            ]
+            ys = [back[n].wait() for n in (1, 2, 0)]
+        else:
+            batches = (dispatcher.dispatch(x, route).wait() for x, route in zip(xs, routes, strict=True))
+            ys = [dispatcher.combine(through_experts(batch, experts), batch.ticket).wait() for batch in batches]
+        torch.stack([y.square().sum() for y in ys]).sum().backward()
+        found.append([y.detach() for y in ys] + [x.grad for x in xs] + [route.weights_TK.grad for route in routes])
+    return found
+
+
+def test_batches_in_flight_keep_apart_and_change_no_bit():
+    for together, alone in zip(spawn(in_flight, 4, True), spawn(in_flight, 4, False), strict=True):
+        for ours, expected in zip(together, alone, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def by_phases(rank: int, world: int) -> list[list[Tensor]]:
+    """Gradients of the whole graph, and of its three pieces, cut at the tokens, one after the other."""
+    dispatcher, found = make("rank"), []
+    for cut in (False, True):
+        route, x_TD = route_of(balanced(rank), rank), tokens(6, rank, torch.float32)
+        share = EXPERTS // world
+        experts = all_experts(torch.float32)[rank * share : (rank + 1) * share].requires_grad_()
+        outbound = dispatcher.dispatch(x_TD, route)
+        cuts = [(outbound.token, cut_at(outbound))] if cut else []
+        arrived = outbound.wait()
+        homebound = dispatcher.combine(through_experts(arrived, experts), arrived.ticket)
+        cuts += [(homebound.token, cut_at(homebound))] if cut else []
+        homebound.wait().square().sum().backward()
+        for token, detached in reversed(cuts):
+            token.backward(detached.grad)
+        found.append([x_TD.grad, route.weights_TK.grad, experts.grad])
+    return found
+
+
+def cut_at(handle) -> Tensor:
+    handle.token = handle.token.detach().requires_grad_()
+    return handle.token
+
+
+def test_the_graph_can_be_cut_at_the_token():
+    for whole, pieces in spawn(by_phases, 2):
+        assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+
+
+def without_gradients(rank: int, world: int) -> list[bool]:
+    """No graph; weights that alone require a gradient; tokens that alone do."""
+    dispatcher, experts_TK = make("rank"), balanced(rank)
+    expected, _ = there_and_back(dispatcher, experts_TK, rank)
+    x_TD, route = tokens(6, rank, torch.float32), route_of(experts_TK, rank)
+    found = []
+    with torch.no_grad():
+        arrived = dispatcher.dispatch(x_TD, route).wait()
+        y_TD = dispatcher.combine(arrived.rows_RD, arrived.ticket).wait()
+        found += [torch.equal(y_TD - x_TD, expected), not y_TD.requires_grad]
+    for x_needs, weights_need in ((False, True), (True, False)):
+        x_TD, route = tokens(6, rank, torch.float32), route_of(experts_TK, rank)
+        x_TD.requires_grad_(x_needs)
+        route.weights_TK.requires_grad_(weights_need)
+        arrived = dispatcher.dispatch(x_TD, route).wait()
+        dispatcher.combine(arrived.rows_RD, arrived.ticket).wait().sum().backward()
+        found += [(x_TD.grad is not None) == x_needs, (route.weights_TK.grad is not None) == weights_need]
+    return found
+
+
+def test_not_everything_needs_a_gradient():
+    assert spawn(without_gradients, 2) == [[True] * 6] * 2
+
+
+def test_waiting_twice_is_an_error():
+    handle = LocalDispatcher(EXPERTS).dispatch(tokens(6, 0, torch.float32), route_of(balanced(0), 0))
+    handle.wait()
+    with pytest.raises(RuntimeError, match="dispatch transfer was waited for twice"):
+        handle.wait()

@@ -1,11 +1,10 @@
-"""Sorting by expert and summing back, with exact gradients."""
+"""Pairs in the order of experts, and sums back over the pairs of each row, with exact gradients."""
 
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck
 
-from dstrain.dispatch.permute import gather_rows, invert, reorder, sort_by_expert, spread, weighted_sum
+from dstrain.dispatch.permute import Bags, Expansion, Pairs, count, invert, sort, starts
 
 EXPERTS_TK = torch.tensor([[2, 0], [1, 2], [0, 3], [2, 1], [0, 2]])
 
@@ -14,54 +13,88 @@ def wide(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
 
+def expansion(weights_TK: Tensor) -> Expansion:
+    return Expansion.of(Pairs.of_tokens(EXPERTS_TK, weights_TK), 5)
+
+
+def test_pairs_of_tokens():
+    pairs = Pairs.of_tokens(EXPERTS_TK, wide(5, 2))
+    assert pairs.rows == 5
+    assert pairs.row_N.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert pairs.expert_N.tolist() == EXPERTS_TK.flatten().tolist()
+    assert pairs.weight_N.dtype == torch.float32
+    assert not pairs.weight_N.requires_grad
+
+
 def test_rows_are_in_the_order_of_experts_then_tokens():
-    token_of_row, row_of_pair = sort_by_expert(EXPERTS_TK)
-    assert token_of_row.tolist() == [0, 2, 4, 1, 3, 0, 1, 3, 4, 2]
-    assert EXPERTS_TK.flatten()[invert(row_of_pair.flatten())].tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2, 3]
-    rows = torch.arange(5.0)[:, None][token_of_row]
-    assert torch.equal(gather_rows(rows, row_of_pair)[..., 0], torch.arange(5.0)[:, None].expand(5, 2))
+    weights_TK = wide(5, 2)
+    expanded = expansion(weights_TK)
+    assert expanded.row_N.tolist() == [0, 2, 4, 1, 3, 0, 1, 3, 4, 2]
+    assert expanded.counts_E.tolist() == [3, 2, 4, 1, 0]
+    by_expert = [
+        weights_TK[t, EXPERTS_TK[t].tolist().index(e)] for e in range(4) for t in range(5) if e in EXPERTS_TK[t]
+    ]
+    torch.testing.assert_close(expanded.weight_N, torch.stack(by_expert).float())
 
 
-def test_invert():
+def test_orders():
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     assert torch.equal(order[invert(order)], torch.arange(20))
+    keys = torch.tensor([2, 0, 2, 5, 0])
+    assert sort(keys).tolist() == [1, 4, 0, 2, 3]
+    assert count(keys, 7).tolist() == [2, 0, 2, 0, 0, 1, 0]
+    assert starts(keys, 7).tolist() == [0, 2, 2, 4, 4, 4, 5]
 
 
-def test_spread():
-    token_of_row, row_of_pair = sort_by_expert(EXPERTS_TK)
-    x_TD = wide(5, 3)
-    assert torch.equal(spread(x_TD, token_of_row, row_of_pair), x_TD[token_of_row])
-    assert gradcheck(lambda x: spread(x, token_of_row, row_of_pair), (x_TD,))
+def test_sums_by_target():
+    rows_ND, target_N = wide(6, 3).detach(), torch.tensor([3, 1, 3, 0, 1, 3])
+    expected = torch.zeros(5, 3, dtype=torch.float64).index_add_(0, target_N, rows_ND)
+    torch.testing.assert_close(Bags.by_target(target_N, 5).sum(rows_ND), expected)
 
 
-def test_reorder():
-    order, rows_RD = torch.tensor([3, 1, 0, 4, 2]), wide(5, 3)
-    assert torch.equal(reorder(rows_RD, order), rows_RD[order])
-    assert gradcheck(lambda rows: reorder(rows, order), (rows_RD,))
+def test_expand_and_its_gradient():
+    x_TD, grad_RD = wide(5, 3), wide(10, 3)
+    expanded = expansion(wide(5, 2))
+    rows_RD = expanded.expand(x_TD)
+    assert torch.equal(rows_RD, x_TD[expanded.row_N])
+    (expected,) = torch.autograd.grad(rows_RD, x_TD, grad_RD)
+    torch.testing.assert_close(expanded.expand_back(grad_RD), expected)
 
 
-def test_weighted_sum():
-    _, row_of_pair = sort_by_expert(EXPERTS_TK)
-    rows_RD, weights_TK = wide(10, 3), wide(5, 2)
-    expected = (rows_RD[row_of_pair] * weights_TK[..., None]).sum(1)
-    torch.testing.assert_close(weighted_sum(rows_RD, weights_TK, row_of_pair), expected)
-    assert gradcheck(lambda rows, weights: weighted_sum(rows, weights, row_of_pair), (rows_RD, weights_TK))
+def test_reduce_and_its_gradients():
+    rows_RD, weights_TK = wide(10, 3).detach().float().requires_grad_(), wide(5, 2).detach().float().requires_grad_()
+    grad_TD = wide(5, 3).detach().float()
+    expanded = expansion(weights_TK)
+    expected = (rows_RD[expanded.bags.order_N].view(5, 2, 3) * weights_TK[..., None]).sum(1)
+    torch.testing.assert_close(expanded.reduce(rows_RD), expected)
+    grads = torch.autograd.grad(expected, (rows_RD, weights_TK), grad_TD)
+    rows_grad_RD, weight_grad_N = expanded.reduce_back(grad_TD, rows_RD.detach())
+    torch.testing.assert_close(rows_grad_RD, grads[0])
+    torch.testing.assert_close(weight_grad_N.view(5, 2), grads[1])
 
 
 @pytest.mark.parametrize("experts_per_token", [1, 3])
 def test_no_tokens(experts_per_token: int):
-    token_of_row, row_of_pair = sort_by_expert(torch.empty(0, experts_per_token, dtype=torch.int64))
-    x_TD, weights_TK = wide(0, 4), wide(0, experts_per_token)
-    y_TD = weighted_sum(spread(x_TD, token_of_row, row_of_pair), weights_TK, row_of_pair)
-    y_TD.sum().backward()
-    assert x_TD.grad is not None
-    assert y_TD.shape == x_TD.grad.shape == (0, 4)
+    nothing_TK = torch.empty(0, experts_per_token)
+    expanded = Expansion.of(Pairs.of_tokens(nothing_TK.long(), nothing_TK), 4)
+    assert expanded.expand(torch.empty(0, 4)).shape == expanded.reduce(torch.empty(0, 4)).shape == (0, 4)
+    assert expanded.counts_E.tolist() == [0, 0, 0, 0]
 
 
-def test_narrow_rows_are_added_in_fp32():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_narrow_rows_are_added_in_fp32(weighted: bool):
     """256 + 15 ones: each partial sum in BF16 would round back to 256."""
-    rows_RD = torch.ones(16, 8, dtype=torch.bfloat16)
+    rows_RD = torch.ones(16, 64, dtype=torch.bfloat16)
     rows_RD[0] = 256
-    summed = weighted_sum(rows_RD, torch.ones(1, 16), torch.arange(16)[None])
+    expanded = Expansion.of(Pairs.of_tokens(torch.arange(16)[None], torch.ones(1, 16)), 16)
+    summed = expanded.reduce(rows_RD) if weighted else expanded.expand_back(rows_RD)
     assert summed.dtype == torch.bfloat16
-    assert summed.tolist() == [[torch.tensor(271.0).bfloat16().item()] * 8]
+    assert summed.tolist() == [[torch.tensor(271.0).bfloat16().item()] * 64]
+
+
+def test_weights_are_not_rounded_to_narrow_rows():
+    """1 + 2^-10 is 1 in BF16; 1024 times it, minus 1024, is 1."""
+    weights_TK = torch.tensor([[1 + 2**-10, 1.0]])
+    expanded = Expansion.of(Pairs.of_tokens(torch.tensor([[0, 1]]), weights_TK), 2)
+    rows_RD = torch.tensor([[1024.0] * 8, [-1024.0] * 8], dtype=torch.bfloat16)
+    assert expanded.reduce(rows_RD).tolist() == [[1.0] * 8]

@@ -10,7 +10,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -23,12 +23,14 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.checkpoint"])
 
 
-def spawn(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60) -> list[Any]:
+def spawn(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60, victims: Sequence[int] = ()
+) -> list[Any]:
     """Calls `fn(rank, world_size, *args)` in `world_size` processes whose default group is gloo.
 
     `fn` is a module-level function; arguments and results are picklable, tensors included. Returns the results in the
-    order of ranks. Raises RuntimeError with the traceback of the first process that failed, or TimeoutError; all
-    processes have ended when it returns or raises.
+    order of ranks, None for the `victims`: ranks that may die. Raises RuntimeError with the traceback of the first
+    other process that failed, or TimeoutError; all processes have ended when it returns or raises.
     """
     with tempfile.TemporaryDirectory() as folder:
         processes: list[BaseProcess] = []
@@ -43,7 +45,9 @@ def spawn(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float 
             processes.append(process)
             pipes.append(receiver)
         try:
-            return _collect(pipes, time.monotonic() + timeout_s)
+            survivors = {rank: pipe for rank, pipe in enumerate(pipes) if rank not in victims}
+            results = _collect(survivors, time.monotonic() + timeout_s)
+            return [results.get(rank) for rank in range(world_size)]
         finally:
             for process in processes:
                 process.kill()
@@ -76,17 +80,17 @@ def _run(
         time.sleep(5)
 
 
-def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+def _collect(pipes: dict[int, Connection], deadline: float) -> dict[int, Any]:
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
-        missing = [rank for rank in range(len(pipes)) if rank not in results]
+        missing = [rank for rank in pipes if rank not in results]
         ready = wait([pipes[rank] for rank in missing], timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise TimeoutError(f"ranks {missing} did not finish in time")
         for rank in missing:
             if pipes[rank] in ready:
                 results[rank] = _receive(pipes[rank], rank)
-    return [results[rank] for rank in range(len(pipes))]
+    return results
 
 
 def _receive(pipe: Connection, rank: int) -> Any:
