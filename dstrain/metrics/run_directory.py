@@ -37,6 +37,10 @@ class RunDirectory:
         self.wandb_id = self.path / "wandb_id"
         self._lock: TextIO | None = None
 
+    def trace_json(self, step: int) -> Path:
+        """The timeline of a step."""
+        return self.path / f"trace-step-{step}.json"
+
     def create(self) -> None:
         """Makes the directory and its parents. Raises UserError where that is impossible."""
         try:
