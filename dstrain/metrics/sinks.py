@@ -8,7 +8,7 @@ A record is a flat mapping with these keys; a figure that is unknown is None or 
     lr, grad_norm                           the norm is that of the whole gradient, before clipping
     tokens_per_s, tokens_per_s_per_gpu, mfu mfu is a share of the peak, 0 to 1
     step_ms, memory_gib                     wall time; peak on the worst rank
-    comm_exposed_ms, comm_exposed_worst_ms  of the wall time, compute waiting for transfers: on rank 0, on the worst rank
+    comm_exposed_ms, comm_exposed_worst_ms  of the wall time, compute waiting for transfers: rank 0, and the worst rank
     comm_dispatch_exposed_ms                and combine, grad, param, reduce, ...: what rank 0 waited for
     comm_busy_ms, comm_hidden_share         time in which rank 0 had a transfer under way, and the share not waited for
     comm_node_mb, comm_network_mb           what rank 0 sent to ranks of its node and over the network, in 10^6 bytes
@@ -19,7 +19,7 @@ A record is a flat mapping with these keys; a figure that is unknown is None or 
                 dead_experts                experts without a token in the global batch
                 entropy, bias_range         nats; largest minus smallest balancing bias
     placement/moved_experts, sent_mib, ms   in steps that looked at the placement: what moved, from rank 0, in what time
-    placement/load_before, load_after       busiest rank over the mean, mean over layers, for the load since the last look
+    placement/load_before, load_after       busiest rank over the mean, mean over layers, since the last look
 
 Several sinks are a tuple that the trainer walks over on rank 0.
 """

@@ -40,15 +40,15 @@ class RankStep:
 
 def gather(comm: CommTotals, groups: Groups) -> list[RankStep]:
     """All ranks' accounts of a step, on rank 0; on the others nothing. Every rank calls it."""
-    group, place = groups.background, groups.place
+    place = groups.place
     own = RankStep(place.rank, groups.topology.node_of_rank[place.rank], [], comm)
-    if group is None:
+    if groups.world is None:
         return [own]
     for _ in range(BARRIERS):
-        dist.barrier(group)
+        dist.barrier(groups.world.group)
         own.barriers_s.append(time.perf_counter())
     ranks: list[Any] | None = [None] * place.world if place.rank == 0 else None
-    dist.gather_object(own if place.rank < MOST_RANKS else None, ranks, dst=0, group=group)
+    dist.gather_object(own if place.rank < MOST_RANKS else None, ranks, dst=0, group=groups.world.group)
     return [rank for rank in ranks or [] if rank is not None]
 
 

@@ -30,6 +30,7 @@ from dstrain.errors import SharedError, UserError
 from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import Groups, Place, connect, disconnect
 from dstrain.metrics.console import Console
+from dstrain.metrics.observer import Observer
 from dstrain.metrics.record import step_record
 from dstrain.metrics.run_directory import RunDirectory
 from dstrain.metrics.sinks import JsonlSink, Sink
@@ -91,7 +92,7 @@ def _train(config: Config, groups: Groups, directory: RunDirectory, stack: ExitS
         console.say(headline(config, groups, trainer, loader))
     batches = stack.enter_context(PrefetchedBatches(loader, config, groups, trainer.progress))
     trainer.batches = batches
-    run_steps(trainer, checkpoints, sinks)
+    run_steps(trainer, checkpoints, sinks, Observer(config, groups, directory, console.say))
     if is_first:
         console.close()
         console.say(ending(trainer, directory))
@@ -142,6 +143,7 @@ def restore(trainer: Trainer, checkpoints: Checkpointer, config: Config) -> None
         extra = checkpoints.load(steps[-1], trainer.state(), optional)
         _check_corpus(extra, trainer, steps[-1])
         trainer.progress = Progress(**extra["progress"])
+        trainer.placer.restore(extra.get("placement"))
     elif config.train.resume == "must":
         raise SharedError(
             f"train.resume=must: {checkpoints.directory.path} holds no complete checkpoint. "
@@ -213,14 +215,16 @@ def open_sinks(config: Config, directory: RunDirectory, step: int, console: Cons
     return tuple(sinks)
 
 
-def run_steps(trainer: Trainer, checkpoints: Checkpointer, sinks: tuple[Sink, ...]) -> None:
+def run_steps(trainer: Trainer, checkpoints: Checkpointer, sinks: tuple[Sink, ...], observer: Observer) -> None:
     """Steps until the last one or a requested stop; either way the state is saved before this returns."""
     every, saved_steps = trainer.config.checkpoint.every_steps, on_first(checkpoints.steps, checkpoints.group)
     stopped, problem = False, None
     with StopRequest() as stop_request:
         while trainer.progress.step < trainer.config.train.steps and not stopped:
+            observer.before_step(trainer.progress.step + 1)
             report = trainer.step(stop=stop_request.received or problem is not None)
             problem = problem or log(report, trainer, sinks)
+            problem = observer.after_step(report) or problem
             stopped = report.stop
             if every and trainer.progress.step % every == 0:
                 saved_steps.append(save(trainer, checkpoints))
@@ -248,9 +252,12 @@ def log(report: StepReport, trainer: Trainer, sinks: tuple[Sink, ...]) -> UserEr
 
 def save(trainer: Trainer, checkpoints: Checkpointer) -> int:
     step = trainer.progress.step
-    checkpoints.save(
-        step, trainer.state(), {"progress": asdict(trainer.progress), "corpus_tokens": trainer.corpus_tokens}
-    )
+    extra = {
+        "progress": asdict(trainer.progress),
+        "corpus_tokens": trainer.corpus_tokens,
+        "placement": trainer.placer.state(),
+    }
+    checkpoints.save(step, trainer.state(), extra)
     return step
 
 

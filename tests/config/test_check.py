@@ -78,6 +78,8 @@ BROKEN = [
     ("model.experts_per_token", {"model__router__num_groups": 8}, "among 2 experts", "groups_per_token"),
     ("model.router.scaling_factor", {"model__router__scaling_factor": 0.0}, "above 0", ""),
     ("train.steps", {"train__steps": -1}, "at least 0", ""),
+    ("metrics.trace_steps", {"metrics__trace_steps": (3, 0)}, "the run has the steps 1 to 1000", "counted from 1"),
+    ("metrics.trace_steps", {"metrics__trace_steps": (1001,)}, "the run has the steps 1 to 1000", ""),
     ("train.micro_batch", {"train__micro_batch": 0}, "at least 1", ""),
     ("train.sequences", {"train__sequences": None}, "exactly one", "null"),
     ("train.sequences", {"train__batch_tokens": 4096}, "exactly one", "null"),
