@@ -30,7 +30,7 @@ def recompute(model: Transformer, tokens: list[int]) -> Iterator[int]:
     """Greedy text without a cache."""
     tokens = list(tokens)
     while True:
-        hidden_1TD, _ = model.hidden(torch.tensor([tokens]))
+        hidden_1TD = model.hidden(torch.tensor([tokens]))
         tokens.append(int(model.scores(hidden_1TD[0, -1]).argmax()))
         yield tokens[-1]
 

@@ -12,8 +12,6 @@ summed over ranks and micro-batches, never averaged.
 from collections.abc import Iterator
 from typing import Protocol
 
-from torch import nn
-
 from dstrain.engine.state import FlatShard, Shards
 
 
@@ -21,11 +19,6 @@ class Engine(Protocol):
     def expect(self, micro_batches: int) -> None:
         """Announces a step. Each parameter's gradient will arrive `micro_batches` times, in the order of the
         micro-batches; they are added in FP32, and a bucket may leave as soon as its last one is there."""
-        ...
-
-    def ready(self, part: nn.Module) -> None:
-        """Waits until the parameters of `part`, one of Transformer.parts(), are those of the last update. Called before
-        its first use in a step by whoever does not call the module itself."""
         ...
 
     def reduce(self) -> float:

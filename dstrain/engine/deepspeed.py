@@ -19,7 +19,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from dstrain.comm.collectives import all_reduce_sum
 from dstrain.config.schema import Config
@@ -105,11 +104,8 @@ class DeepSpeedEngine:
                 begin, local = fragment.lp_fragment_address.start, fragment.hp_fragment.detach()
                 yield x, FlatShard.of_parts(x.shape, x.offsets, x.part_numel, begin, local), fragment
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        self._zero.set_gradient_accumulation_boundary(last)
-        loss.backward()
-        if self.config.engine.zero_stage == 2:
-            self._zero.overlapping_partition_gradients_reduce_epilogue()
+    def expect(self, micro_batches: int) -> None:
+        self._zero.expect(micro_batches)
 
     @torch.no_grad()
     def reduce(self) -> float:

@@ -8,22 +8,29 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 
 import torch
 from torch import Tensor
 
 from dstrain.comm.collectives import Peers, all_reduce_max, all_reduce_sum
-from dstrain.comm.trace import CommTotals
+from dstrain.comm.trace import CommTotals, Label
 from dstrain.config.schema import Config
 from dstrain.dispatch.balance import update_bias
 from dstrain.engine.contract import Engine
+from dstrain.engine.placement import Moved, Placer
 from dstrain.engine.recipe import batch_sequences, bias_update_rate, learning_rate, mtp_loss_weight
 from dstrain.engine.state import FlatShard, Progress, Shards
 from dstrain.errors import SharedError
 from dstrain.mesh.groups import Groups
+from dstrain.model.layer import Walk
+from dstrain.model.loss import StepLoss
 from dstrain.model.router import RouterReport
-from dstrain.model.transformer import StepLoss, Transformer
+from dstrain.model.transformer import Transformer
+from dstrain.plan.placement import Placement
+from dstrain.schedule.run import run
+from dstrain.schedule.table import sequential
 
 # (first sample, count) -> tokens [count, seq_len + lookahead]
 Batches = Callable[[int, int], Tensor]
@@ -35,6 +42,8 @@ class LayerLoad:
 
     name: str
     load_E: Tensor
+    # Where the experts were.
+    placement: Placement
     # Mean entropy of a token's normalised affinities, in nats.
     entropy: float
     bias_range: float
@@ -54,11 +63,15 @@ class StepReport:
     grad_norm: float
     tokens: int
     seconds: float
-    # This rank's waiting for the network.
+    # This rank's traffic, and its waiting for it.
     comm: CommTotals
+    # Waiting of the rank that waited longest, up to the end of the reduction.
+    comm_exposed_worst_ms: float
     # Peak of the rank that needs most: GPU memory, or resident memory of the process on a CPU.
     memory_gib: float
     layers: list[LayerLoad]
+    # Experts on their way to other ranks, if it was time to look.
+    moved: Moved | None
     # Some rank was asked to stop (a signal).
     stop: bool
 
@@ -132,26 +145,37 @@ class Trainer:
     # Size of the text, which decides the order of its samples: a run goes on with the same one only. 0: not from text.
     corpus_tokens: int = 0
 
+    def __post_init__(self) -> None:
+        self.placer = Placer(self.config, self.groups, self.model, self.engine)
+
     def accumulate(self) -> _Sums:
         """Forward and backward over this rank's part of the next batch."""
         sequences = batch_sequences(self.config.train, self.progress.tokens)
         weight = mtp_loss_weight(self.config, self.progress.tokens)
-        sums, todo = _Sums(self.groups.place.device), rank_share(self.config, self.groups, self.progress)
-        for n, (first, count) in enumerate(todo, start=1):
+        todo = rank_share(self.config, self.groups, self.progress)
+
+        def start(first: int, count: int) -> Walk[StepLoss]:
             tokens_BS = self.batches(first, count).to(self.groups.place.device, non_blocking=True)
-            loss: StepLoss = self.model(tokens_BS, sequences, weight)
-            self.engine.backward(loss.total, last=n == len(todo))
+            return self.model.walk(tokens_BS, sequences, weight)
+
+        self.engine.expect(len(todo))
+        table = sequential(self.model.num_blocks, len(todo))
+        walks = [partial(start, first, count) for first, count in todo]
+        sums = _Sums(self.groups.place.device)
+        for loss in run(table, walks, self.groups.trace, defer_weights=self.groups.ep is not None):
             sums.add(loss)
         return sums
 
     def step(self, *, stop: bool = False) -> StepReport:
         """One optimiser step. Raises SharedError when loss or gradient are not finite, before anything is updated."""
         began = time.perf_counter()
+        self.groups.trace.label = Label(step=self.progress.step + 1)
         sums = self.accumulate()
         grad_norm = self.engine.reduce()
         sums.over_ranks(self.groups.data)
-        worst = sums.parts_5.new_tensor([float(stop), _peak_memory_gib(self.groups.place.device)])
-        any_stop, memory_gib = all_reduce_max(worst, self.groups.world).tolist()
+        exposed_ms = sum(self.groups.trace.waited_ms().values())
+        worst = sums.parts_5.new_tensor([float(stop), _peak_memory_gib(self.groups.place.device), exposed_ms])
+        any_stop, memory_gib, exposed_ms = all_reduce_max(worst, self.groups.world).tolist()
         main, mtp, balance, z, total = sums.parts_5.tolist()
         if not (isfinite(total) and isfinite(grad_norm)):
             raise SharedError(
@@ -164,6 +188,7 @@ class Trainer:
         before, self.progress = self.progress, after_step(self.config, self.progress)
         tokens = self.progress.tokens - before.tokens
         layers = self._balance(sums, tokens, bias_update_rate(self.config, before.tokens))
+        moved = self.placer.after_step(self.progress.step, sums.load_LE)
         if self.groups.place.device.type == "cuda":
             # Not the whole device: the gather of the new parameters goes on under the next forward pass.
             torch.cuda.current_stream().synchronize()
@@ -180,18 +205,21 @@ class Trainer:
             tokens=tokens,
             seconds=seconds,
             comm=comm,
+            comm_exposed_worst_ms=max(exposed_ms, comm.exposed_ms),
             memory_gib=memory_gib,
             layers=layers,
+            moved=moved,
             stop=any_stop > 0,
         )
 
     def _balance(self, sums: _Sums, tokens: int, rate: float) -> list[LayerLoad]:
         """Moves the router biases against the load of the global batch, which every rank knows."""
         layers = []
-        for (name, router), entropy, load_E in zip(self.model.routers(), sums.entropy_L, sums.load_LE, strict=True):
+        by_layer = zip(self.model.routers(), sums.entropy_L, sums.load_LE, self.placer.placements, strict=True)
+        for (name, router), entropy, load_E, placement in by_layer:
             update_bias(router.bias, load_E, rate)
             spread = (router.bias.max() - router.bias.min()).item()
-            layers.append(LayerLoad(name, load_E, entropy.item() / tokens, spread))
+            layers.append(LayerLoad(name, load_E, placement, entropy.item() / tokens, spread))
         return layers
 
     def state(self) -> Shards:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from dstrain.config.schema import OptimConfig
 from dstrain.engine.state import FlatShard, Shards
@@ -31,8 +30,8 @@ class PlainEngine:
         betas = (self.optim.beta1, self.optim.beta2)
         self._adamw = torch.optim.AdamW(groups, betas=betas, eps=self.optim.eps, foreach=False)
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        loss.backward()
+    def expect(self, micro_batches: int) -> None:
+        """autograd adds the gradients up."""
 
     def reduce(self) -> float:
         squares = [shard.local.double().square().sum() for _, shard in self.gradients()]

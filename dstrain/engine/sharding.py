@@ -3,15 +3,15 @@
 Parameters are packed into flat buckets, in the order in which the backward pass finishes them. Each bucket belongs to
 one group of ranks that hold the same values: all data ranks for dense parameters, the expert-data ranks for experts.
 
-    backward   a gradient is added to its bucket in FP32; in the last micro-batch a complete bucket leaves at once for
-               the reduce-scatter, under the rest of the backward pass; IN_FLIGHT buckets travel at a time
+    backward   a gradient is added to its bucket in FP32; a bucket that has all gradients of all micro-batches leaves at
+               once for the reduce-scatter, beside the rest of the backward passes, one bucket after the other
     reduce     the last buckets arrive; the norm of the whole gradient is one sum over all ranks, since every element is
                owned by exactly one of them
     step       each rank updates its share of every bucket and the shares are gathered again, under the update of the
                next bucket and the start of the next forward pass: a module waits for its own bucket only
 
 Per parameter and step a rank sends 4 bytes of gradient (2 with grad_wire_dtype=bfloat16) and the bytes of the compute
-dtype, times (n - 1) / n.
+dtype, times (n - 1) / n where the ranks share a node; over several nodes as comm/flat.py says.
 """
 
 from collections.abc import Iterator
@@ -23,17 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dstrain.comm.collectives import AllGather, Peers, ReduceScatter, all_reduce_sum
+from dstrain.comm.collectives import Peers, all_reduce_sum
+from dstrain.comm.flat import FlatCollectives
+from dstrain.comm.lane import Flight
 from dstrain.config.schema import Config
 from dstrain.engine.optimizer import AdamShard, square_sum
 from dstrain.engine.state import FlatShard, Shards
 from dstrain.mesh.groups import Groups
 from dstrain.model.transformer import Transformer
 from dstrain.parallel.apply import LogicalParameter, logical_parameters
-
-# Reductions on the way at once: one that moves and one that follows it keep the network busy, and each takes a second
-# bucket of memory to arrive in.
-IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,10 @@ class Bucket:
     # Flat gradient sum of this rank, FP32.
     grad: Tensor
     adam: AdamShard
+    # Gradients of this step that are yet to come.
     missing: int = 0
-    reducing: ReduceScatter | None = None
-    gathering: AllGather | None = None
+    reducing: Flight | None = None
+    gathering: Flight | None = None
     # This rank's share of the reduced gradient, from its arrival to the step: the same range of `grad`, reused.
     grad_share: Tensor | None = None
 
@@ -86,20 +85,25 @@ class Bucket:
                 x = slot.logical
                 yield x.name, FlatShard.of_parts(x.shape, x.offsets, x.part_numel, first - slot.start, local)
 
+    def reduce(self, flat: FlatCollectives, wire: torch.dtype) -> None:
+        """Starts the sum over the ranks; `land` waits."""
+        if self.peers is not None:
+            self.reducing = flat.reduce_scatter(self.grad, self.peers, wire, "grad")
+
     def land(self) -> None:
         """The share of the reduced gradient is there."""
-        self.grad_share = self.grad[self.share]
         if self.reducing is not None:
-            self.grad_share.copy_(self.reducing.wait())
+            self.reducing.wait()
             self.reducing = None
+        self.grad_share = self.grad[self.share]
 
-    def refresh(self) -> None:
+    def refresh(self, flat: FlatCollectives) -> None:
         """Master weights into the compute dtype, then to the other ranks; `ready` waits."""
         mine = self.compute[self.share]
         if mine.data_ptr() != self.adam.master.data_ptr():
             mine.copy_(self.adam.master)
         if self.peers is not None:
-            self.gathering = AllGather.start(self.compute, self.peers, "param")
+            self.gathering = flat.all_gather(self.compute, self.peers, "param")
 
     def ready(self) -> None:
         """The parameters are those of the last update."""
@@ -177,12 +181,11 @@ class ShardedEngine:
     groups: Groups
     updates: int = 0
     buckets: list[Bucket] = field(default_factory=list)
-    _overlapping: bool = False
     _started: int = 0
-    _landed: int = 0
     _norm: float | None = None
 
     def __post_init__(self) -> None:
+        self._flat = FlatCollectives(self.groups.trace)
         precision = self.config.precision
         moments_dtype = getattr(torch, precision.moments_dtype)
         for run in _pack(logical_parameters(self.model), self.config.engine.bucket_mib * 2**20 // 4):
@@ -195,52 +198,43 @@ class ShardedEngine:
         self._wait_before_use()
 
     def _wait_before_use(self) -> None:
-        """Every part of the model waits, when it is first used, for the gather of its own parameters."""
+        """Every module waits, when it is called, for the gather of its own parameters."""
         bucket_of = {id(s.logical.parameter): bucket for bucket in self.buckets for s in bucket.slots}
-        for part in self.model.parts():
-            needed = {id(b): b for b in (bucket_of[id(p)] for p in part.parameters())}
-            part.register_forward_pre_hook(partial(_wait_for, list(needed.values())))
+        for module in self.model.modules():
+            needed = {id(b): b for b in (bucket_of[id(p)] for p in module.parameters(recurse=False))}
+            if needed:
+                module.register_forward_pre_hook(partial(_wait_for, list(needed.values())))
 
     @torch.no_grad()
     def _arrived(self, bucket: Bucket, slot: Slot, parameter: Tensor) -> None:
         if parameter.grad is None:
-            raise RuntimeError(f"{slot.logical.name} has no gradient though its hook ran")
+            # Autograd came past; the gradient is computed later (precision/weight_gradients.py).
+            return
         # Widened first: torch adds mixed dtypes at a quarter of the speed.
         bucket.grad[slot.start : slot.end] += parameter.grad.flatten().float()
         parameter.grad = None
         bucket.missing -= 1
-        if self._overlapping and bucket.missing == 0:
-            self._start_reductions(only_complete=True)
+        if bucket.missing == 0:
+            self._start_reductions()
 
-    def _start_reductions(self, *, only_complete: bool) -> None:
-        """Starts buckets in their fixed order, which is the same on every rank."""
-        while self._started < len(self.buckets):
-            bucket = self.buckets[self._started]
-            if only_complete and bucket.missing > 0:
-                return
-            if bucket.peers is not None:
-                wire = getattr(torch, self.config.precision.grad_wire_dtype)
-                bucket.reducing = ReduceScatter.start(bucket.grad, bucket.peers, wire, "grad")
+    def _start_reductions(self) -> None:
+        """Starts complete buckets in their fixed order, which is the same on every rank."""
+        while self._started < len(self.buckets) and self.buckets[self._started].missing == 0:
+            self.buckets[self._started].reduce(self._flat, getattr(torch, self.config.precision.grad_wire_dtype))
             self._started += 1
-            self._land(self._started - IN_FLIGHT)
 
-    def _land(self, end: int) -> None:
-        """Waits for the first `end` buckets."""
-        while self._landed < end:
-            self.buckets[self._landed].land()
-            self._landed += 1
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def expect(self, micro_batches: int) -> None:
         for bucket in self.buckets:
-            bucket.missing = len(bucket.slots)
-        self._overlapping = last
-        loss.backward()
-        self._overlapping = False
+            bucket.missing = micro_batches * len(bucket.slots)
 
     @torch.no_grad()
     def reduce(self) -> float:
-        self._start_reductions(only_complete=False)
-        self._land(len(self.buckets))
+        if self._started < len(self.buckets):
+            late = self.buckets[self._started]
+            named = late.slots[0].logical.name
+            raise RuntimeError(f"{late.missing} gradients have not come: of {named} or its neighbours in a bucket")
+        for bucket in self.buckets:
+            bucket.land()
         squares = torch.zeros((), dtype=torch.float64, device=self.groups.place.device)
         for bucket in self.buckets:
             squares += square_sum(bucket.grad[bucket.share])
@@ -265,10 +259,10 @@ class ShardedEngine:
             if clip and self._norm > clip:
                 bucket.grad_share.mul_(clip / self._norm)
             bucket.adam.update(bucket.grad_share, lr, self.updates, self.config.optim)
-            bucket.refresh()
+            bucket.refresh(self._flat)
             bucket.grad_share = None
             bucket.grad.zero_()
-        self.updates, self._started, self._landed, self._norm = self.updates + 1, 0, 0, None
+        self.updates, self._started, self._norm = self.updates + 1, 0, None
 
     def settle(self) -> None:
         """Waits for every gather: before parameters are read other than through the model's forward pass."""
@@ -289,5 +283,5 @@ class ShardedEngine:
     def loaded(self, step: int) -> None:
         self.updates = step
         for bucket in self.buckets:
-            bucket.refresh()
+            bucket.refresh(self._flat)
         self.settle()

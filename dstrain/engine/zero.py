@@ -75,11 +75,33 @@ class GatherTimer(NoopTimer):
 
 
 class TracedZero(DeepSpeedZeroOptimizer):
-    """Reports its reductions, and reduces from FP32 buckets in stage 2 as it does in stage 1."""
+    """Reports its reductions, reduces from FP32 buckets in stage 2 as it does in stage 1, and counts gradients: a
+    backward pass may be a part of a micro-batch, so its end says nothing."""
 
     def __init__(self, *args: Any, groups: Groups, **kwargs: Any):
         self.groups = groups
         super().__init__(*args, timers=GatherTimer(self), **kwargs)
+        # Gradients of this step that are yet to come.
+        self._missing = 0
+
+    @property
+    def _parameters(self) -> int:
+        return sum(len(group) for group in self.bit16_groups)
+
+    def expect(self, micro_batches: int) -> None:
+        """In stage 2 they come one after the other, and each is reduced when it is complete."""
+        self._missing = micro_batches * self._parameters
+        self.set_gradient_accumulation_boundary(not self.partition_gradients or micro_batches == 1)
+
+    def process_gradients(self, param: Tensor, i: int) -> None:
+        if param.grad is None:
+            # Autograd came past; the gradient is computed later (precision/weight_gradients.py).
+            return
+        super().process_gradients(param, i)
+        self._missing -= 1
+        if self.partition_gradients and self._missing % self._parameters == 0:
+            self.overlapping_partition_gradients_reduce_epilogue()
+            self.set_gradient_accumulation_boundary(self._missing == self._parameters)
 
     def _gradient_reduction_buffer_dtype(self) -> torch.dtype:
         return torch.float32

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from dstrain.config.schema import ModelConfig
 from dstrain.model.rope import rotate, softmax_scale
+from dstrain.precision.linear import Linear
 
 
 def causal_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, scale: float) -> Tensor:
@@ -40,15 +41,15 @@ class Attention(nn.Module):
         self.scale = softmax_scale(self.nope + self.rope, model.rope)
         q_width = self.num_heads * (self.nope + self.rope)
         if model.q_lora_rank is None:
-            self.q = nn.Linear(model.hidden_size, q_width, bias=False)
+            self.q = Linear(model.hidden_size, q_width)
         else:
-            self.q_a = nn.Linear(model.hidden_size, model.q_lora_rank, bias=False)
+            self.q_a = Linear(model.hidden_size, model.q_lora_rank)
             self.q_a_norm = nn.RMSNorm(model.q_lora_rank, eps=model.norm_eps)
-            self.q_b = nn.Linear(model.q_lora_rank, q_width, bias=False)
-        self.kv_a = nn.Linear(model.hidden_size, self.latent + self.rope, bias=False)
+            self.q_b = Linear(model.q_lora_rank, q_width)
+        self.kv_a = Linear(model.hidden_size, self.latent + self.rope)
         self.kv_a_norm = nn.RMSNorm(self.latent, eps=model.norm_eps)
-        self.kv_b = nn.Linear(self.latent, self.num_heads * (self.nope + self.value), bias=False)
-        self.o = nn.Linear(self.num_heads * self.value, model.hidden_size, bias=False)
+        self.kv_b = Linear(self.latent, self.num_heads * (self.nope + self.value))
+        self.o = Linear(self.num_heads * self.value, model.hidden_size)
 
     def query_latent(self, x_BTD: Tensor) -> Tensor:
         """What the query heads are made from: the compressed, normalised query, or x itself at full rank."""

@@ -8,10 +8,15 @@
 `forward` runs them in order, with the shared expert in the shadow of the dispatch; a schedule may call them one by one
 and put other work between. A dense layer is all `attend`.
 
+A model is a walk through its layers: a generator that stops at every MoE block and goes on when it is sent the block's
+output. Who drives the walk decides when, and on what graph, each block is computed.
+
 Shapes: B sequences, T tokens, D hidden, N = B * T, R rows.
 """
 
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -20,6 +25,8 @@ from dstrain.dispatch.contract import Arrived, Dispatcher, Handle, Route
 from dstrain.model.attention import Attention
 from dstrain.model.moe import FeedForward, MoE
 from dstrain.model.router import RouterReport
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,39 @@ class Attended:
     normed_BTD: Tensor
     route: Route
     report: RouterReport
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where a walk stops: dispatch, experts and combine of `layer` are to be run by whoever drives the walk."""
+
+    layer: "MoELayer"
+    attended: Attended
+    # Loss terms of the stretch that ends here: scalars, each to be differentiated with weight 1.
+    roots: list[Tensor]
+
+
+@dataclass(frozen=True)
+class End(Generic[Result]):
+    """Where a walk ends; `roots` are those of the last stretch."""
+
+    roots: list[Tensor]
+    result: Result
+
+
+Walk = Generator[Block, Tensor, End[Result]]
+
+
+def walk_whole(walk: Walk[Result]) -> End[Result]:
+    """The plain way: every block where the walk stops, all on one graph. The end, with the roots of all stretches."""
+    roots: list[Tensor] = []
+    try:
+        block = next(walk)
+        while True:
+            roots += block.roots
+            block = walk.send(block.layer.exchange(block.attended))
+    except StopIteration as stop:
+        return End([*roots, *stop.value.roots], stop.value.result)
 
 
 class DecoderLayer(nn.Module):
@@ -72,7 +112,10 @@ class MoELayer(DecoderLayer):
         return Attended(x_BTD, normed_BTD, *self.moe.router(normed_BTD))
 
     def dispatch(self, attended: Attended) -> Handle[Arrived]:
-        return self.dispatcher.dispatch(attended.normed_BTD.flatten(0, 1), attended.route)
+        route = attended.route
+        if self.moe.slots_E is not None:
+            route = replace(route, experts_TK=self.moe.slots_E[route.experts_TK])
+        return self.dispatcher.dispatch(attended.normed_BTD.flatten(0, 1), route)
 
     def shared(self, attended: Attended) -> Tensor:
         """The residual stream plus the shared expert: what can be computed while a transfer is under way."""

@@ -3,12 +3,16 @@
 Shapes: D hidden, F width, E local experts, I width of an expert, R rows.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from dstrain.config.schema import ModelConfig
 from dstrain.model.router import Router
+from dstrain.precision.chunked import chunked_experts
 from dstrain.precision.grouped import grouped_linear
+from dstrain.precision.linear import Linear
 from dstrain.precision.swiglu import swiglu
 
 
@@ -17,8 +21,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * width, bias=False)
-        self.down = nn.Linear(width, hidden_size, bias=False)
+        self.gate_up = Linear(hidden_size, 2 * width)
+        self.down = Linear(width, hidden_size)
 
     def lower(self, gate_up: Tensor) -> Tensor:
         """From the input of the activation on; a method of its own, so that it can be computed again."""
@@ -31,12 +35,15 @@ class FeedForward(nn.Module):
 class Experts(nn.Module):
     """The routed experts `held` by this rank, as stacked weights."""
 
-    def __init__(self, model: ModelConfig, held: range):
+    def __init__(self, model: ModelConfig, held: Sequence[int]):
         super().__init__()
-        self.held = held
+        # Expert of each slot; the balancer changes it where it moves experts between ranks.
+        self.held = tuple(held)
         width, hidden = model.moe_intermediate_size, model.hidden_size
         self.gate_up = nn.Parameter(torch.empty(len(held), 2 * width, hidden))
         self.down = nn.Parameter(torch.empty(len(held), hidden, width))
+        # More rows than this go through in chunks, so that memory stays bounded. None: all at once.
+        self.chunk_rows: int | None = None
 
     def lower(self, gate_up: Tensor, counts_E: Tensor) -> Tensor:
         """From the input of the activation on; a method of its own, so that it can be computed again."""
@@ -44,15 +51,19 @@ class Experts(nn.Module):
 
     def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert, `counts_E` of them each, through their experts: [R, D]."""
+        if self.chunk_rows is not None and len(rows_RD) > self.chunk_rows:
+            return chunked_experts(rows_RD, self.gate_up, self.down, counts_E, self.chunk_rows)
         return self.lower(grouped_linear(rows_RD, self.gate_up, counts_E), counts_E)
 
 
 class MoE(nn.Module):
     """The parts of an MoE layer; model/layer.py runs them as phases."""
 
-    def __init__(self, model: ModelConfig, held: range):
+    def __init__(self, model: ModelConfig, held: Sequence[int]):
         super().__init__()
         self.router = Router(model)
         self.experts = Experts(model, held)
+        # The slot of each expert, counted through the ranks of the group: where its tokens go. None: in order.
+        self.slots_E: Tensor | None = None
         shared_width = model.num_shared_experts * model.moe_intermediate_size
         self.shared = FeedForward(model.hidden_size, shared_width) if shared_width else None

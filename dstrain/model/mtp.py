@@ -2,7 +2,8 @@
 
     h_k = norm(layer(W [norm(embedding of token t + k) ; norm(h_(k-1))]))       h_0: the model's own final state
 
-Embedding and head are the model's. Shapes: B sequences, T tokens, D hidden.
+Embedding and head are the model's; `Transformer.walk` runs the layer and the last norm. Shapes: B sequences, T tokens,
+D hidden.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from dstrain.config.schema import ModelConfig
 from dstrain.model.layer import DenseLayer, MoELayer
-from dstrain.model.router import RouterReport
+from dstrain.precision.linear import Linear
 
 
 class MtpModule(nn.Module):
@@ -18,14 +19,10 @@ class MtpModule(nn.Module):
         super().__init__()
         self.embed_norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
         self.hidden_norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
-        self.proj = nn.Linear(2 * model.hidden_size, model.hidden_size, bias=False)
+        self.proj = Linear(2 * model.hidden_size, model.hidden_size)
         self.layer = layer
         self.norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
 
-    def forward(
-        self, embedded_BTD: Tensor, hidden_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor
-    ) -> tuple[Tensor, RouterReport | None]:
-        """The hidden states of this depth, ready for the head."""
-        joined = torch.cat((self.embed_norm(embedded_BTD), self.hidden_norm(hidden_BTD)), dim=-1)
-        x_BTD, report = self.layer(self.proj(joined), cos_TR, sin_TR)
-        return self.norm(x_BTD), report
+    def join(self, embedded_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
+        """What the layer of this depth starts from."""
+        return self.proj(torch.cat((self.embed_norm(embedded_BTD), self.hidden_norm(hidden_BTD)), dim=-1))

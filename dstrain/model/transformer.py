@@ -6,8 +6,9 @@ depth of multi-token prediction, so that every position has every target and the
 Shapes: B sequences, T inputs of a sequence, S = T + 1 + MTP depth, D hidden, V vocabulary, L MoE layers, E experts.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +16,15 @@ from torch.nn import functional as F
 
 from dstrain.config.schema import ModelConfig
 from dstrain.dispatch.contract import Dispatcher
-from dstrain.model.layer import DenseLayer, MoELayer
+from dstrain.model.layer import Block, DenseLayer, End, MoELayer, Walk, walk_whole
+from dstrain.model.loss import MAIN, MTP, LossTerms, StepLoss
 from dstrain.model.mtp import MtpModule
 from dstrain.model.rope import rotation
-from dstrain.model.router import Router, RouterReport
+from dstrain.model.router import Router
+from dstrain.precision.linear import Embedding, Linear, linear
 
-
-@dataclass(frozen=True)
-class StepLoss:
-    """The share of these sequences in the loss of the global batch: all micro-batches of all ranks add up to it."""
-
-    # What to differentiate: main + weights * others.
-    total: Tensor
-    # Detached parts, unweighted: [main, mtp, balance, z].
-    parts_4: Tensor
-    # One report per MoE layer, MTP layers last.
-    reports: list[RouterReport]
+# A part of a walk that leaves hidden states behind.
+Stretches = Generator[Block, Tensor, Tensor]
 
 
 class Transformer(nn.Module):
@@ -43,14 +37,14 @@ class Transformer(nn.Module):
                 "model.vocab_size must be a number to build a model; the trainer takes it from the tokenizer"
             )
         self.config = model
-        self.embed = nn.Embedding(model.vocab_size, model.hidden_size)
+        self.embed = Embedding(model.vocab_size, model.hidden_size)
         self.layers = nn.ModuleList(
             DenseLayer(model) if n < model.num_dense_layers else MoELayer(model, held, dispatcher)
             for n in range(model.num_layers)
         )
         self.norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
         if not model.tie_embeddings:
-            self.head = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+            self.head = Linear(model.hidden_size, model.vocab_size)
         # An MTP layer is built like the last layer of the model.
         mtp_moe = model.num_dense_layers < model.num_layers
         self.mtp = nn.ModuleList(
@@ -60,62 +54,80 @@ class Transformer(nn.Module):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The head: [..., D] -> [..., V]."""
-        return F.linear(hidden, self.embed.weight) if self.config.tie_embeddings else self.head(hidden)
+        return linear(hidden, self.embed.weight) if self.config.tie_embeddings else self.head(hidden)
 
     def routers(self) -> Iterator[tuple[str, Router]]:
         """The routers with their logical names, in the order of `StepLoss.reports`."""
         yield from ((name, module) for name, module in self.named_modules() if isinstance(module, Router))
 
-    def parts(self) -> Iterator[nn.Module]:
-        """The modules that are called one after the other and together hold every parameter once."""
-        yield self.embed
-        yield from self.layers
-        yield self.norm
-        if not self.config.tie_embeddings:
-            yield self.head
-        yield from self.mtp
+    @property
+    def num_blocks(self) -> int:
+        """MoE blocks that a walk stops at."""
+        return sum(1 for _ in self.routers())
 
-    def hidden(self, tokens_BT: Tensor) -> tuple[Tensor, list[RouterReport]]:
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Final hidden states after the norm, [B, T, D]."""
-        cos, sin = rotation(self._positions(tokens_BT), self.config.qk_rope_head_dim, self.config.rope)
+        cos, sin = self._rotation(tokens_BT.shape[1])
         x_BTD = self.embed(tokens_BT)
-        reports = []
-        for layer in self.layers:
-            x_BTD, report = layer(x_BTD, cos, sin)
-            if report is not None:
-                reports.append(report)
-        return self.norm(x_BTD), reports
+        for layer in self._decoder_layers():
+            x_BTD, _ = layer(x_BTD, cos, sin)
+        return self.norm(x_BTD)
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Scores of the next token, [B, T, V]."""
-        return self.scores(self.hidden(tokens_BT)[0])
+        return self.scores(self.hidden(tokens_BT))
 
     def forward(self, tokens_BS: Tensor, total_sequences: int, mtp_weight: float | None = None) -> StepLoss:
-        """The loss share of a micro-batch whose global batch has `total_sequences` sequences."""
+        """The loss share of a micro-batch whose global batch has `total_sequences` sequences, on one whole graph."""
+        end = walk_whole(self.walk(tokens_BS, total_sequences, mtp_weight))
+        return replace(end.result, total=torch.stack(end.roots).sum())
+
+    def walk(self, tokens_BS: Tensor, total_sequences: int, mtp_weight: float | None = None) -> Walk[StepLoss]:
+        """The model as a chain of stretches with a stop at every MoE block. The loss at its end is detached: its roots
+        are given out where they arise."""
         depth = self.config.mtp.depth
         seq_len = tokens_BS.shape[1] - 1 - depth
-        hidden, reports = self.hidden(tokens_BS[:, :seq_len])
-        main = self._cross_entropy(hidden, tokens_BS[:, 1 : seq_len + 1])
-        mtp = main.new_zeros(())
-        cos, sin = rotation(self._positions(tokens_BS[:, :seq_len]), self.config.qk_rope_head_dim, self.config.rope)
-        for k, module in enumerate(self.mtp, start=1):
-            hidden, report = module(self.embed(tokens_BS[:, k : seq_len + k]), hidden, cos, sin)
-            mtp = mtp + self._cross_entropy(hidden, tokens_BS[:, k + 1 : seq_len + k + 1]) / depth
-            reports += [report] if report is not None else []
-        balance = sum((r.balance_loss for r in reports), main.new_zeros(()))
-        z = sum((r.z_loss for r in reports), main.new_zeros(()))
-        parts_4 = torch.stack((main, mtp, balance, z)) / total_sequences
+        cos, sin = self._rotation(seq_len)
+        terms = self._terms(total_sequences, mtp_weight)
+        hidden = yield from self._layers(tokens_BS[:, :seq_len], cos, sin, terms)
+        terms.add(MAIN, self._cross_entropy(hidden, tokens_BS[:, 1 : seq_len + 1]))
+        for k, module in enumerate(self._mtp_modules(), start=1):
+            x_BTD = module.join(self.embed(tokens_BS[:, k : seq_len + k]), hidden)
+            hidden = module.norm((yield from self._through(module.layer, x_BTD, cos, sin, terms)))
+            terms.add(MTP, self._cross_entropy(hidden, tokens_BS[:, k + 1 : seq_len + k + 1]) / depth)
+        return End(terms.take(), terms.loss())
+
+    def _layers(self, tokens_BT: Tensor, cos_TR: Tensor, sin_TR: Tensor, terms: LossTerms) -> Stretches:
+        x_BTD = self.embed(tokens_BT)
+        for layer in self._decoder_layers():
+            x_BTD = yield from self._through(layer, x_BTD, cos_TR, sin_TR, terms)
+        return self.norm(x_BTD)
+
+    def _through(
+        self, layer: DenseLayer | MoELayer, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor, terms: LossTerms
+    ) -> Stretches:
+        if isinstance(layer, DenseLayer):
+            return layer(x_BTD, cos_TR, sin_TR)[0]
+        attended = layer.attend(x_BTD, cos_TR, sin_TR)
+        terms.report(attended.report)
+        return (yield Block(layer, attended, terms.take()))
+
+    def _terms(self, total_sequences: int, mtp_weight: float | None) -> LossTerms:
         router = self.config.router
         weight = self.config.mtp.loss_weight if mtp_weight is None else mtp_weight
-        weights = (1.0, weight, router.balance_loss_weight, router.z_loss_weight)
-        total = torch.stack([w * part for w, part in zip(weights, parts_4.unbind(), strict=True)]).sum()
-        return StepLoss(total=total, parts_4=parts_4.detach(), reports=reports)
+        return LossTerms((1.0, weight, router.balance_loss_weight, router.z_loss_weight), total_sequences)
 
     def _cross_entropy(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Sum over sequences of the mean cross entropy of their tokens, FP32."""
         logits_NV = self.scores(hidden_BTD).flatten(0, 1).float()
         return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum") / targets_BT.shape[1]
 
-    @staticmethod
-    def _positions(tokens_BT: Tensor) -> Tensor:
-        return torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    def _rotation(self, seq_len: int) -> tuple[Tensor, Tensor]:
+        positions_T = torch.arange(seq_len, device=self.embed.weight.device)
+        return rotation(positions_T, self.config.qk_rope_head_dim, self.config.rope)
+
+    def _decoder_layers(self) -> list[DenseLayer | MoELayer]:
+        return cast("list[DenseLayer | MoELayer]", list(self.layers))
+
+    def _mtp_modules(self) -> list[MtpModule]:
+        return cast("list[MtpModule]", list(self.mtp))

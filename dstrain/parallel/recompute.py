@@ -4,7 +4,8 @@
 method returns is kept wherever the next product needs it, so a method has to reach past what is to be forgotten.
 `mla_up` goes from the latents to the output of attention: queries, keys and values of all heads lie within. `swiglu`
 includes the down-projection, which is not run again: recomputation stops at the last tensor that is missing. `attend`
-and `experts` are whole phases; `layer` is all of a layer, and repeats its communication.
+and `experts` are whole phases; `layer` is all that a layer computes. Communication is never repeated: what has arrived
+is kept.
 """
 
 from functools import partial
@@ -24,7 +25,7 @@ METHODS: dict[str, list[tuple[type[nn.Module], str]]] = {
     "swiglu": [(FeedForward, "lower"), (Experts, "lower")],
     "attend": [(MoELayer, "attend"), (DenseLayer, "attention")],
     "experts": [(Experts, "forward")],
-    "layer": [(MoELayer, "forward"), (DenseLayer, "forward")],
+    "layer": [(MoELayer, "attend"), (MoELayer, "shared"), (Experts, "forward"), (DenseLayer, "forward")],
 }
 
 

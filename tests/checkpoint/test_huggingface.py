@@ -180,7 +180,7 @@ def test_mtp_modules_compute_what_those_of_transformers_do(tmp_path: Path, monke
     theirs = opened(exported(tmp_path, ours))
     their_mtp = MtpModel.from_pretrained(theirs)
     batch = tokens(length=SEQ_LEN + 2)
-    hidden, _ = ours.hidden(batch[:, :SEQ_LEN])
+    hidden = ours.hidden(batch[:, :SEQ_LEN])
     # What transformers feeds its MTP modules is the hidden state after the final norm.
     their_hidden = theirs(batch[:, :SEQ_LEN], output_hidden_states=True).hidden_states[-1]
     cos, sin = rotation(torch.arange(SEQ_LEN), WITH_MTP.qk_rope_head_dim, WITH_MTP.rope)

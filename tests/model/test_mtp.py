@@ -30,7 +30,8 @@ def test_embedding_and_hidden_state_are_normed_joined_in_this_order_and_sent_thr
         torch.nn.init.normal_(parameter, 0.0, 0.5)
     embedded, hidden = torch.randn(2, 2, 5, 16)
     cos_sin = rotation(torch.arange(5), 4, model.rope)
-    out, report = module(embedded, hidden, *cos_sin)
+    out, report = layer(module.join(embedded, hidden), *cos_sin)
+    out = module.norm(out)
     projected = norm(embedded, module.embed_norm.weight) @ module.proj.weight[:, :16].T
     projected = projected + norm(hidden, module.hidden_norm.weight) @ module.proj.weight[:, 16:].T
     expected = norm(layer(projected, *cos_sin)[0], module.norm.weight)

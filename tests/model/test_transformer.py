@@ -69,10 +69,11 @@ def test_logits_do_not_see_later_tokens() -> None:
 def test_a_module_of_depth_k_predicts_the_token_k_further_from_the_one_k_ahead() -> None:
     model, tokens = initial(), batch(3)
     cos_sin = rotation(torch.arange(SEQ_LEN), 8, MODEL.rope)
-    hidden, _ = model.hidden(tokens[:, :SEQ_LEN])
+    hidden = model.hidden(tokens[:, :SEQ_LEN])
     losses = []
     for depth, module in enumerate(model.mtp, start=1):
-        hidden, _ = module(model.embed(tokens[:, depth : depth + SEQ_LEN]), hidden, *cos_sin)
+        joined = module.join(model.embed(tokens[:, depth : depth + SEQ_LEN]), hidden)
+        hidden = module.norm(module.layer(joined, *cos_sin)[0])
         logits = hidden @ model.head.weight.T
         for sequence in range(3):
             for t in range(SEQ_LEN):
@@ -92,10 +93,11 @@ def test_mtp_learns_the_token_after_the_next() -> None:
         loss.total.backward()
         optimizer.step()
     assert loss.parts_4[:2].max() < 0.5
-    hidden, _ = model.hidden(tokens[:, :SEQ_LEN])
+    hidden = model.hidden(tokens[:, :SEQ_LEN])
     cos_sin = rotation(torch.arange(SEQ_LEN), 8, MODEL.rope)
-    ahead, _ = model.mtp[0](model.embed(tokens[:, 1 : SEQ_LEN + 1]), hidden, *cos_sin)
-    right = model.scores(ahead).argmax(-1) == (tokens[:, :SEQ_LEN] + 2) % 50
+    joined = model.mtp[0].join(model.embed(tokens[:, 1 : SEQ_LEN + 1]), hidden)
+    ahead, _ = model.mtp[0].layer(joined, *cos_sin)
+    right = model.scores(model.mtp[0].norm(ahead)).argmax(-1) == (tokens[:, :SEQ_LEN] + 2) % 50
     assert right.float().mean() > 0.9
 
 
@@ -145,7 +147,7 @@ def test_a_tied_head_is_the_embedding() -> None:
     model = initial(replace(MODEL, tie_embeddings=True, mtp=MtpConfig()))
     assert "head.weight" not in model.state_dict()
     tokens = batch(2, depth=0)
-    hidden, _ = model.hidden(tokens)
+    hidden = model.hidden(tokens)
     torch.testing.assert_close(model.logits(tokens), hidden @ model.embed.weight.T)
 
 

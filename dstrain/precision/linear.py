@@ -1,0 +1,69 @@
+"""Linear layers and embeddings whose weight gradients can be computed apart (weight_gradients.py).
+
+Shapes: ... leading dimensions, K in, M out, V vocabulary, D hidden.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from dstrain.precision.weight_gradients import WeightGradients, used
+
+
+def linear(x: Tensor, weight_MK: Tensor) -> Tensor:
+    """x @ weight.T, [..., K] -> [..., M]; bit by bit F.linear, forward and backward."""
+    gradients = used(weight_MK)
+    return F.linear(x, weight_MK) if gradients is None else _Linear.apply(x, weight_MK, gradients)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_MK: Tensor, gradients: WeightGradients) -> Tensor:
+        ctx.save_for_backward(x)
+        # As it is: recomputation would give back another tensor for a saved one.
+        ctx.weight_MK, ctx.gradients = weight_MK, gradients
+        return F.linear(x, weight_MK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (x,), weight_MK = ctx.saved_tensors, ctx.weight_MK
+        grad_NM, x_NK = grad.reshape(-1, grad.shape[-1]), x.detach().reshape(-1, x.shape[-1])
+        grad_x = (grad_NM @ weight_MK).view(x.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, ctx.gradients.take(weight_MK, lambda: grad_NM.t() @ x_NK), None
+
+
+class _Use(torch.autograd.Function):
+    """A weight as it is, whose gradient goes where `gradients` wants it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, gradients: WeightGradients) -> Tensor:
+        ctx.weight, ctx.gradients = weight, gradients
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.gradients.take(ctx.weight, lambda: grad), None
+
+
+class Linear(nn.Linear):
+    """nn.Linear without bias, through `linear`."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, [...] -> [..., D]; its weight may be used elsewhere, too."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        gradients = used(self.weight)
+        weight_VD = self.weight if gradients is None else _Use.apply(self.weight, gradients)
+        return F.embedding(tokens, weight_VD)

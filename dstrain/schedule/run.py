@@ -1,0 +1,215 @@
+"""Runs a table: every action on a piece of graph of its own, so that micro-batches can interleave in both directions.
+
+A piece begins and ends at `Cut`s. Forward, a cut hands over data without its graph; backward, the piece behind it
+leaves the gradient in the cut, and the piece before it starts from there. The action that needs a transfer waits for
+it, the action that has computed what travels starts it:
+
+    F attend n    wait for combine n - 1 | stretch n | start dispatch n       F experts n    the same with dispatch n
+    B attend n    wait for the gradient of dispatch n | stretch n backward, whose last act starts the gradient of
+                  combine n - 1 | its weight gradients, unless they are left to W attend n
+
+A dispatcher's start is a piece by itself, entered before and left behind its handle's token: its backward pass is the
+waiting, apart from the compute. Gradients are bit by bit those of the whole graph, in whatever order the table runs:
+within a piece autograd keeps the order of the whole graph, what comes out of a cut comes first as it does there, and
+precision/weight_gradients.py adds up what pieces share.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from dstrain.comm.trace import Trace
+from dstrain.dispatch.contract import Handle
+from dstrain.model.layer import Attended
+from dstrain.precision.weight_gradients import Job, WeightGradients
+from dstrain.schedule.action import Action, Pass, Phase
+from dstrain.schedule.phases import PhasedBlock, PhasedLayer, PhasedWalk, Result
+from dstrain.schedule.table import Table, check
+
+DIRECTIONS = {Pass.FORWARD: "forward", Pass.BACKWARD: "backward", Pass.WEIGHT: "weight"}
+
+
+def run(
+    table: Table, walks: Sequence[Callable[[], PhasedWalk[Result]]], trace: Trace, *, defer_weights: bool = True
+) -> list[Result]:
+    """Forward and backward over the micro-batches; what each walk returned, in their order.
+
+    `walks[m]()` begins micro-batch m: `partial(model.walk, tokens, ...)`, or any generator as in schedule/phases.py.
+    Without `defer_weights`, weight gradients are computed in their places and the WEIGHT actions do nothing: better
+    where nothing travels, since inputs and gradients need not be kept. Every parameter gets one gradient per
+    micro-batch, in the order of the micro-batches. IllegalTable if an action is missing or out of place, before any is
+    run; ValueError if the table is that of another model.
+    """
+    blocks = max(action.block for action in table)
+    check(table, blocks, len(walks))
+    courses = [_Course(walk, blocks, defer_weights, trace) for walk in walks]
+    for action in table:
+        direction = DIRECTIONS[action.work]
+        with trace.at(block=action.block, micro_batch=action.micro_batch, direction=direction):
+            courses[action.micro_batch].run(action)
+    return [course.result for course in courses]
+
+
+class Cut:
+    """A tensor between two pieces of graph. Entered at most once, so that it is clear when its gradient is complete."""
+
+    def __init__(self, x: Tensor):
+        self._x: Tensor | None = x.detach()
+        self.edge: GradientEdge | None = get_gradient_edge(x) if x.requires_grad else None
+        self.grad: Tensor | None = None
+
+    def enter(self) -> Tensor:
+        """The tensor at the beginning of a graph. It isn't kept here: only what the graph needs stays in memory."""
+        x, self._x = self._x, None
+        if x is None:
+            raise RuntimeError("a cut was entered twice")
+        return x if self.edge is None else _Enter.apply(x, x.new_empty(0).requires_grad_(), self)
+
+
+class _Enter(torch.autograd.Function):
+    """`anchor` makes autograd come past here; a leaf would keep its data as long as its gradient is wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, cut: Cut) -> Tensor:
+        ctx.cut = cut
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        ctx.cut.grad = grad
+        return None, None, None
+
+
+def _differentiate(cuts: Sequence[Cut], roots: Sequence[Tensor] = ()) -> None:
+    """Through the graph that ends at the cuts, from whose other side the gradients have come, and at roots."""
+    ends = [(cut.edge, cut.grad) for cut in cuts if cut.edge is not None and cut.grad is not None]
+    ends += [(get_gradient_edge(root), torch.ones_like(root)) for root in roots if root.requires_grad]
+    if ends:
+        edges, grads = zip(*ends, strict=True)
+        torch.autograd.backward(edges, grads)
+
+
+@dataclass
+class _Piece:
+    """The graph of one action, from its forward pass until its weight gradients are there."""
+
+    ends: Sequence[Cut] = ()
+    roots: Sequence[Tensor] = ()
+    # Where the graph of the transfer ends that the action starts.
+    token: Cut | None = None
+    weights: list[Job] = field(default_factory=list)
+
+
+@dataclass
+class _Passage:
+    """What the actions of a block hand on to each other in the forward pass."""
+
+    layer: PhasedLayer
+    attended: Attended
+    stream: Cut
+    normed: Cut
+    # The transfer that is under way.
+    handle: Handle[Any]
+    token: Cut
+
+    def wait(self) -> Any:
+        self.handle.token = self.token.enter()
+        return self.handle.wait()
+
+
+@dataclass
+class _Course(Generic[Result]):
+    """A micro-batch on its way; `blocks` is what the table says."""
+
+    start: Callable[[], PhasedWalk[Result]]
+    blocks: int
+    defer_weights: bool
+    trace: Trace
+    result: Result = field(init=False)
+    _gradients: WeightGradients = field(default_factory=WeightGradients)
+    _walk: PhasedWalk[Result] | None = None
+    _passage: _Passage | None = None
+    _pieces: dict[tuple[Phase, int], _Piece] = field(default_factory=dict)
+
+    def run(self, action: Action) -> None:
+        place = (action.phase, action.block)
+        if action.work is Pass.FORWARD:
+            with self._gradients.active(forward=True):
+                self._pieces[place] = self._forward(*place)
+        elif action.work is Pass.BACKWARD:
+            self._backward(action.phase, self._pieces[place])
+            if place == (Phase.ATTEND, 0):
+                self._gradients.check_complete()
+        else:
+            self._weight(action.phase, self._pieces.pop(place))
+
+    def _forward(self, phase: Phase, block: int) -> _Piece:
+        if phase is Phase.ATTEND:
+            return self._attend(block)
+        if self._passage is None:
+            raise ValueError(f"the table has {self.blocks} MoE blocks, the model {block}")
+        return self._shared(self._passage) if phase is Phase.SHARED else self._experts(self._passage)
+
+    def _attend(self, block: int) -> _Piece:
+        x = None if self._passage is None else self._joined(self._passage)
+        walk = self._walk = self._walk or self.start()
+        with self.trace.computing("attend"):
+            try:
+                stop = next(walk) if x is None else walk.send(x)
+            except StopIteration as end:
+                self._walk = self._passage = None
+                self.result = end.value.result
+                return _Piece(roots=end.value.roots)
+            if block == self.blocks:
+                raise ValueError(f"the table has {self.blocks} MoE blocks, the model more")
+            return self._depart(stop)
+
+    @staticmethod
+    def _joined(passage: _Passage) -> Tensor:
+        home_TD = passage.wait()
+        stream_BTD = passage.stream.enter()
+        return stream_BTD + home_TD.view_as(stream_BTD)
+
+    def _depart(self, block: PhasedBlock) -> _Piece:
+        attended, route = block.attended, block.attended.route
+        stream, normed = Cut(attended.x_BTD), Cut(attended.normed_BTD)
+        rows, weights = Cut(attended.normed_BTD), Cut(route.weights_TK)
+        sent = replace(attended, normed_BTD=rows.enter(), route=replace(route, weights_TK=weights.enter()))
+        handle = block.layer.dispatch(sent)
+        self._passage = _Passage(block.layer, attended, stream, normed, handle, Cut(handle.token))
+        # The whole graph adds the gradients of `normed_BTD` in this order, too.
+        return _Piece((stream, normed, rows, weights), block.roots, self._passage.token)
+
+    def _shared(self, passage: _Passage) -> _Piece:
+        attended = replace(passage.attended, x_BTD=passage.stream.enter(), normed_BTD=passage.normed.enter())
+        with self.trace.computing("shared"):
+            passage.stream = Cut(passage.layer.shared(attended))
+        return _Piece((passage.stream,))
+
+    def _experts(self, passage: _Passage) -> _Piece:
+        arrived = passage.wait()
+        with self.trace.computing("experts"):
+            rows = Cut(passage.layer.experts(arrived))
+            passage.handle = passage.layer.combine(rows.enter(), arrived)
+            passage.token = Cut(passage.handle.token)
+        return _Piece((rows,), token=passage.token)
+
+    def _backward(self, phase: Phase, piece: _Piece) -> None:
+        with self._gradients.active(later=piece.weights if self.defer_weights else None):
+            if piece.token is not None:
+                _differentiate([piece.token])
+            with self.trace.computing(phase.value):
+                _differentiate(piece.ends, piece.roots)
+        piece.ends, piece.roots, piece.token = (), (), None
+
+    def _weight(self, phase: Phase, piece: _Piece) -> None:
+        piece.weights.reverse()
+        with self.trace.computing(phase.value):
+            while piece.weights:
+                piece.weights.pop()()
