@@ -19,6 +19,9 @@ class Costs:
     compute_ms: Mapping[tuple[Pass, Phase, int], float]
     # By (pass, "dispatch" | "combine", block).
     transfer_ms: Mapping[tuple[Pass, str, int], float]
+    # From the end of a transfer on the link to the moment its rows can be used (unpacking, for example): it delays who
+    # waits, but not the next transfer.
+    latency_ms: float = 0.0
 
     @property
     def blocks(self) -> int:
@@ -109,7 +112,8 @@ def simulate(table: Table, costs: Costs) -> Timeline:
         transfer = starts(action, blocks)
         if transfer is not None:
             departure_ms = max(link_ms, now_ms)
-            link_ms = arrival_ms[action] = departure_ms + costs.of(transfer)
+            link_ms = departure_ms + costs.of(transfer)
+            arrival_ms[action] = link_ms + costs.latency_ms
             transfers.append(Interval(transfer, departure_ms, link_ms))
     return Timeline(computes, transfers)
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from dstrain.schedule.action import Pass, Phase
@@ -28,6 +30,13 @@ def test_one_block_by_hand():
     assert timeline.compute_ms == 3 * (2 + 1 + 4 + 5)
     assert timeline.wire_ms == timeline.bound_ms == 100
     assert timeline.exposed_ms == 124 - 36
+
+
+def test_latency_delays_who_waits_and_not_the_link():
+    costs = even_costs(2)
+    late = simulate(sequential(2, 1), replace(costs, latency_ms=0.25))
+    assert late.makespan_ms == pytest.approx(simulate(sequential(2, 1), costs).makespan_ms + 4 * 2 * 0.25)
+    assert late.wire_ms == pytest.approx(2 * 3)
 
 
 def test_link_is_first_in_first_out():
