@@ -8,7 +8,7 @@ bytes are the quickest.
 `auto` never takes `deepep`: its kernels have not been run by the authors of this file, and no estimate covers them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,6 +36,10 @@ class Choice:
     kind: str
     wire: str
     reason: str
+
+    def settle(self, config: Config) -> Config:
+        """The config with the choice in it: nothing is measured again."""
+        return replace(config, dispatch=replace(config.dispatch, kind=self.kind, wire=self.wire))
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 from dstrain.config.schema import Config
-from dstrain.dispatch.alltoall import AllToAllDispatcher
-from dstrain.dispatch.contract import Dispatcher
-from dstrain.dispatch.local import LocalDispatcher
+from dstrain.dispatch.choose import make_dispatcher
 from dstrain.mesh.groups import Groups
 from dstrain.model.init import init_weights
 from dstrain.model.moe import Experts
@@ -51,17 +49,17 @@ class LogicalParameter:
         return [expert * self.part_numel for expert in self.experts.held] if self.experts else [0]
 
 
-def make_dispatcher(num_experts: int, groups: Groups) -> Dispatcher:
-    return LocalDispatcher(num_experts) if groups.ep is None else AllToAllDispatcher(num_experts, groups.ep)
-
-
 def build_model(config: Config, groups: Groups) -> Transformer:
     """The model in FP32 on this rank's device, with initial weights that depend on train.seed only."""
     held = groups.mesh.local_experts(config.model.num_experts, groups.coordinate.ep)
+    dispatcher = make_dispatcher(config, groups)
     with torch.device("meta"):
-        model = Transformer(config.model, held, make_dispatcher(config.model.num_experts, groups))
+        model = Transformer(config.model, held, dispatcher)
     model = model.to_empty(device=groups.place.device)
     init_weights(model, config.train.seed)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.chunk_rows = config.dispatch.expert_chunk_rows
     apply_recompute(model, config.train.recompute)
     return model
 

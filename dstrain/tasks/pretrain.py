@@ -23,6 +23,7 @@ from dstrain.comm.agreement import on_first, together
 from dstrain.config import load
 from dstrain.config.schema import Config
 from dstrain.data.loader import Loader
+from dstrain.dispatch.choose import Choice, choose
 from dstrain.engine.choose import make_engine
 from dstrain.engine.loop import StepReport, Trainer, rest_of_run
 from dstrain.engine.state import Progress
@@ -73,7 +74,8 @@ def _train(config: Config, groups: Groups, directory: RunDirectory, stack: ExitS
     loader = together(lambda: open_loader(config), group)
     config = with_vocabulary(config, loader)
     config = replace(config, run=replace(config.run, dir=str(directory.path)))
-    trainer = make_trainer(config, groups)
+    choice = choose(config, groups)
+    trainer = make_trainer(choice.settle(config), groups)
     trainer.corpus_tokens = loader.num_tokens
     checkpoints = Checkpointer(
         directory.checkpoints,
@@ -89,7 +91,7 @@ def _train(config: Config, groups: Groups, directory: RunDirectory, stack: ExitS
     for sink in sinks:
         stack.callback(sink.close)
     if is_first:
-        console.say(headline(config, groups, trainer, loader))
+        console.say(headline(config, groups, trainer, loader, choice))
     batches = stack.enter_context(PrefetchedBatches(loader, config, groups, trainer.progress))
     trainer.batches = batches
     run_steps(trainer, checkpoints, sinks, Observer(config, groups, directory, console.say))
@@ -297,13 +299,14 @@ class StopRequest:
         self._restore()
 
 
-def headline(config: Config, groups: Groups, trainer: Trainer, loader: Loader) -> str:
-    """What is about to run, in two lines."""
+def headline(config: Config, groups: Groups, trainer: Trainer, loader: Loader, choice: Choice) -> str:
+    """What is about to run, in two lines, and how tokens travel, if they do."""
     mesh, total = groups.mesh, parameters(config.model).total
     start = f"resuming after step {trainer.progress.step}" if trainer.progress.step else "starting"
     device = torch.cuda.get_device_name() if groups.place.device.type == "cuda" else "CPU"
+    travel = f"\ndispatch {choice.reason}; rows out in {choice.wire}" if groups.ep else ""
     return (
         f"{start}: {total / 1e6:,.1f}M parameters on {mesh.world} x {device} "
         f"(pp {mesh.pp}, dp {mesh.dp}, ep {mesh.ep}), engine {config.engine.name}, {config.precision.compute_dtype}\n"
-        f"{loader.num_tokens / 1e6:,.1f}M tokens of text; run directory {config.run.dir}"
+        f"{loader.num_tokens / 1e6:,.1f}M tokens of text; run directory {config.run.dir}{travel}"
     )

@@ -8,13 +8,10 @@ from torch import Tensor, nn
 
 from dstrain.comm.trace import Trace
 from dstrain.config.schema import MtpConfig
-from dstrain.dispatch.alltoall import AllToAllDispatcher
-from dstrain.dispatch.local import LocalDispatcher
 from dstrain.mesh.axes import Mesh
-from dstrain.mesh.groups import Groups, Place, connect
-from dstrain.parallel.apply import build_model, logical_parameters, make_dispatcher
+from dstrain.mesh.groups import Groups, Place
+from dstrain.parallel.apply import build_model, logical_parameters
 from dstrain.plan.count import parameters
-from tests.gloo.spawn import spawn
 from tests.tiny import CPU, TINY, alone, tiny_config
 
 # (whole shape, offset, flat values of this rank)
@@ -84,12 +81,3 @@ def test_experts_and_fp32_weights():
 def test_the_planner_counts_the_same():
     model = build_model(TINY, alone())
     assert sum(x.parameter.numel() for x in logical_parameters(model)) == parameters(TINY.model).trained
-
-
-def kind_of_dispatcher(rank: int, world: int) -> str:
-    return type(make_dispatcher(4, connect(Mesh(ep=world), Place(rank, world, CPU)))).__name__
-
-
-def test_experts_on_other_ranks_need_the_transport():
-    assert isinstance(make_dispatcher(4, alone()), LocalDispatcher)
-    assert spawn(kind_of_dispatcher, 2) == [AllToAllDispatcher.__name__] * 2
