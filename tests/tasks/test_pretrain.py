@@ -41,6 +41,8 @@ EVERYTHING = (
     "optim.phases=[{shape: cosine, tokens: 1000, lr_end: 5e-3}, {shape: linear, tokens: 0, lr_end: 0}]",
     *RAMP,
 )
+# Checkpoints at steps 6 and 12 lie between looks and on one.
+MOVING = ("dispatch.placement.every_steps=4", "dispatch.placement.min_gain=0")
 
 
 def test_loss_falls(tmp_path: Path):
@@ -117,7 +119,9 @@ def test_resume_is_exact_with_a_blend(tmp_path: Path):
     assert losses(run) == uninterrupted
 
 
-@pytest.mark.parametrize("overrides", [("mesh.ep=2",), ("mesh.ep=1", *EVERYTHING)], ids=["ep2", "dp2-everything"])
+@pytest.mark.parametrize(
+    "overrides", [("mesh.ep=2", *MOVING), ("mesh.ep=1", *EVERYTHING)], ids=["ep2-moving", "dp2-everything"]
+)
 def test_resume_is_exact_with_two_processes(tmp_path: Path, overrides: tuple[str, ...]):
     run = train(tmp_path, "run", *overrides, world=2)
     uninterrupted, end = losses(run), tensors(run, 12)
@@ -129,10 +133,10 @@ def test_resume_is_exact_with_two_processes(tmp_path: Path, overrides: tuple[str
 
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1)], ids=["ep1-to-ep4", "ep4-to-ep1"])
 def test_another_layout_goes_on(tmp_path: Path, before: int, after: int):
-    run = train(tmp_path, "run", "mesh.ep=1", f"mesh.ep={before}", world=before)
+    run = train(tmp_path, "run", f"mesh.ep={before}", *MOVING, world=before)
     uninterrupted = losses(run)
     forget_the_second_half(run)
-    train(tmp_path, "run", f"mesh.ep={after}", "train.resume=must", world=after)
+    train(tmp_path, "run", f"mesh.ep={after}", *MOVING, "train.resume=must", world=after)
     assert losses(run)[:6] == uninterrupted[:6]
     assert losses(run)[6:] == pytest.approx(uninterrupted[6:], rel=1e-5)
 

@@ -1,0 +1,74 @@
+import pytest
+import torch
+from torch import Tensor
+
+from dstrain.precision.chunked import chunked_experts
+from dstrain.precision.grouped import grouped_linear
+from dstrain.precision.swiglu import swiglu
+from dstrain.precision.weight_gradients import Job, WeightGradients
+
+D, I, E = 16, 8, 4
+COUNTS = [[5, 0, 9, 3], [17, 0, 0, 0], [0, 0, 0, 17], [1, 1, 1, 14]]
+
+
+def inputs(dtype: torch.dtype, rows: int = 17) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((rows, D), (E, 2 * I, D), (E, D, I))
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def whole(rows: Tensor, gate_up: Tensor, down: Tensor, counts: Tensor) -> Tensor:
+    return grouped_linear(swiglu(grouped_linear(rows, gate_up, counts)), down, counts)
+
+
+def results(run, dtype: torch.dtype, counts: list[int]) -> list[Tensor]:
+    """The output and the gradients of rows and weights."""
+    rows, gate_up, down = inputs(dtype, sum(counts))
+    out = run(rows, gate_up, down, torch.tensor(counts))
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype))
+    return [out, rows.grad, gate_up.grad, down.grad]
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("chunk_rows", [1, 4, 8, 16])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str)
+def test_chunks_compute_what_the_whole_does(counts: list[int], chunk_rows: int, dtype: torch.dtype, tolerance: float):
+    expected = results(whole, dtype, counts)
+    found = results(lambda *x: chunked_experts(*x, chunk_rows), dtype, counts)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def test_no_rows():
+    out, *grads = results(lambda *x: chunked_experts(*x, 4), torch.float32, [0] * E)
+    assert out.shape == (0, D)
+    assert [grad.abs().sum().item() for grad in grads] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_weight_gradients_go_where_they_are_wanted(deferred: bool):
+    expected = results(whole, torch.float32, COUNTS[0])
+    gradients, jobs = WeightGradients(), []
+    rows, gate_up, down = inputs(torch.float32)
+    with gradients.active(forward=True):
+        out = chunked_experts(rows, gate_up, down, torch.tensor(COUNTS[0]), 4)
+    later: list[Job] | None = jobs if deferred else None
+    with gradients.active(later=later):
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
+    gradients.check_complete()
+    assert torch.allclose(rows.grad, expected[1], atol=1e-6)
+    assert (gate_up.grad is None and down.grad is None) is deferred
+    for job in jobs:
+        job()
+    assert torch.allclose(gate_up.grad, expected[2], rtol=1e-5, atol=1e-5)
+    assert torch.allclose(down.grad, expected[3], rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_but_the_rows_is_kept_for_the_backward_pass():
+    rows, gate_up, down = inputs(torch.float32)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        chunked_experts(rows, gate_up, down, torch.tensor(COUNTS[0]), 4)
+    assert {id(x) for x in kept if x.dtype == torch.float32} == {id(rows), id(gate_up), id(down)}
+    assert sum(x.numel() for x in kept) == rows.numel() + gate_up.numel() + down.numel() + E
