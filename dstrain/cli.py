@@ -23,6 +23,7 @@ COMMANDS = {
     "export": ("export", "write a checkpoint as a Hugging Face model directory"),
     "import": ("import_", "start a run from a Hugging Face DeepSeek-V2/V3 directory"),
     "tokenize": ("tokenize", "turn text into memory-mapped token files"),
+    "bench fabric": ("bench", "compare dispatchers, ours and others', on a network with limited links (needs root)"),
     "completion": ("", 'print shell completion: eval "$(dstrain completion bash)"'),
 }
 
@@ -63,7 +64,7 @@ def main() -> None:
 
 def dispatch(arguments: Sequence[str]) -> None:
     """Runs `arguments`, the words after `dstrain`. Raises UserError for a mistake in them."""
-    command, *rest = arguments or ["--help"]
+    command, rest = split(arguments or ["--help"])
     if command in ("-h", "--help", "help"):
         print(usage())
     elif command == "--version":
@@ -78,6 +79,12 @@ def dispatch(arguments: Sequence[str]) -> None:
         raise UserError(f"There is no command {command!r}. {_suggestion(command)}")
 
 
+def split(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The command, of one word or two, and what follows it."""
+    length = 2 if " ".join(words[:2]) in COMMANDS else 1
+    return " ".join(words[:length]), list(words[length:])
+
+
 def run(command: str, arguments: Sequence[str]) -> None:
     # Hydra takes a third of a second, which --help and --version need not wait for.
     from dstrain.config import load
@@ -85,7 +92,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     def task(config: Any) -> None:
         import_module(f"dstrain.tasks.{COMMANDS[command][0]}").run(config)
 
-    load.run(command, arguments, task)
+    # The files of a command of two words have one name.
+    load.run(command.replace(" ", "_"), arguments, task)
 
 
 def installed_version() -> str:
@@ -121,16 +129,21 @@ def print_completion(arguments: Sequence[str]) -> None:
 
 def complete(line: str) -> None:
     """Prints what could follow `line`, the command line up to the cursor: commands, then whatever Hydra proposes."""
-    words = line.split()
-    if len(words) < 2 or (len(words) == 2 and not line.endswith(" ")):
-        print(*COMMANDS)
-    elif words[1] in COMMANDS and words[1] != "completion":
+    words = line.split()[1:]
+    whole = words if line.endswith(" ") else words[:-1]
+    command, _ = split(whole)
+    if command in COMMANDS and command != "completion":
+        _, rest = split(words)
         # Hydra expects the overrides right after the name of the program.
-        os.environ["COMP_LINE"] = " ".join(["dstrain", *words[2:]]) + (" " if line.endswith(" ") else "")
-        run(words[1], ["-sc", "query=bash"])
+        os.environ["COMP_LINE"] = " ".join(["dstrain", *rest]) + (" " if line.endswith(" ") else "")
+        run(command, ["-sc", "query=bash"])
+    elif not command or any(name.startswith(f"{command} ") for name in COMMANDS):
+        names = [name.split() for name in COMMANDS]
+        print(*dict.fromkeys(name[len(whole)] for name in names if name[: len(whole)] == whole))
 
 
 def _suggestion(command: str) -> str:
-    close = get_close_matches(command, COMMANDS, n=1)
+    longer = [name for name in COMMANDS if name.startswith(f"{command} ")]
+    close = longer or get_close_matches(command, COMMANDS, n=1)
     meant = f"Did you mean `dstrain {close[0]}`? " if close else ""
     return f"{meant}`dstrain --help` lists the commands."

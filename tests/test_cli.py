@@ -64,7 +64,9 @@ def test_version(line):
     assert line("--version")[1].startswith("dstrain ")
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("trian", "train"), ("varify", "verify"), ("exprot", "export")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("trian", "train"), ("varify", "verify"), ("exprot", "export"), ("bench", "bench fabric")]
+)
 def test_unknown_command(line, typed: str, meant: str):
     status, _, err = line(typed)
     assert status == 2
@@ -86,10 +88,10 @@ def test_help_of_a_command(line):
 
 @pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name not in ("train", "completion")])
 def test_help_of_the_other_commands(line, command: str):
-    status, out, _ = line(command, "-h")
+    status, out, _ = line(*command.split(), "-h")
     assert status == 0
-    # Only configs of training are composed of groups.
-    assert ("Groups (" in out) == (command == "verify")
+    # Only configs of training and suites of benches are composed of groups.
+    assert ("Groups" in out) == (command in ("verify", "bench fabric"))
     assert out.startswith(f"dstrain {command} ")
 
 
@@ -153,13 +155,15 @@ def test_a_bug_keeps_its_traceback(line, monkeypatch):
 
 
 COMPLETED = [
-    ("dstrain ", {"train", "verify", "generate", "export", "import", "tokenize", "completion"}),
+    ("dstrain ", {"train", "verify", "generate", "export", "import", "tokenize", "bench", "completion"}),
     ("dstrain tr", {"train"}),
+    ("dstrain bench ", {"fabric"}),
+    ("dstrain bench fabric ro", {"rounds=", "route_nodes=", "route_skew="}),
     ("dstrain train mod", {"model=", "model."}),
     ("dstrain train model=ti", {"model=tiny"}),
     ("dstrain train +exp", {"+experiment="}),
     ("dstrain train +experiment=h", {"+experiment=h100_4x8"}),
-    ("dstrain train +experiment=tiny_cpu mesh.", {"mesh.dp=", "mesh.ep=", "mesh.pp="}),
+    ("dstrain train +experiment=tiny_cpu mesh.", {"mesh.dp=", "mesh.ep=", "mesh.pp=", "mesh.timeout_s="}),
     ("dstrain verify verify.st", {"verify.steps="}),
 ]
 

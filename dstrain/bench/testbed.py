@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,19 +70,19 @@ class Fabric:
 
 @dataclass(frozen=True)
 class Counters:
-    """What has left the card of a node so far."""
+    """Bytes of a node so far."""
 
-    # By the device: a packet that the kernel cuts later counts its headers once.
-    device_bytes: int
-    # By the limiter: bytes on the line with all headers; None where the link isn't limited.
-    line_bytes: int | None
-    # Bytes that the ranks of the node sent each other.
-    loopback_bytes: int
+    # Sent, by the card: a packet that the kernel cuts later counts its headers once.
+    device: int
+    # Sent and received, by the limiters: what was on the line, with all headers. 0 where the link isn't limited.
+    line_out: int
+    line_in: int
+    # Sent by the ranks of the node to each other.
+    loopback: int
 
     def __sub__(self, earlier: "Counters") -> "Counters":
-        line = None if self.line_bytes is None or earlier.line_bytes is None else self.line_bytes - earlier.line_bytes
-        loopback = self.loopback_bytes - earlier.loopback_bytes
-        return Counters(self.device_bytes - earlier.device_bytes, line, loopback)
+        before = astuple(earlier)
+        return Counters(*(now - then for now, then in zip(astuple(self), before, strict=True)))
 
 
 class Testbed:
@@ -137,7 +137,10 @@ class Testbed:
         return process
 
     def counters(self, node: int) -> Counters:
-        return read_counters(self._node(node))
+        links = json.loads(_ip("-n", self._node(node), "-s", "-j", "link"))
+        sent = {link["ifname"]: link["stats64"]["tx"]["bytes"] for link in links}
+        line = _limited_bytes(self._node(node), CARD), _limited_bytes(self._switch, f"port{node}")
+        return Counters(sent[CARD], *line, sent["lo"])
 
     def cut(self, node: int) -> None:
         """Pulls the cable of a node: nothing gets in or out, and nobody is told."""
@@ -200,15 +203,6 @@ def remove_leftovers() -> None:
             _delete(name)
 
 
-def read_counters(namespace: str | None = None) -> Counters:
-    """The counters of a node's card; None: of the node that this process is on."""
-    where = ["-n", namespace] if namespace else []
-    links = {link["ifname"]: link["stats64"]["tx"]["bytes"] for link in json.loads(_ip(*where, "-s", "-j", "link"))}
-    qdiscs = json.loads(_run("tc", *where, "-s", "-j", "qdisc", "show", "dev", CARD))
-    line = next((qdisc["bytes"] for qdisc in qdiscs if qdisc["kind"] == "tbf"), None)
-    return Counters(links[CARD], line, links["lo"])
-
-
 def _namespace(name: str) -> None:
     _ip("netns", "add", name)
     _ip("-n", name, "link", "set", "lo", "up")
@@ -220,6 +214,12 @@ def _limit(namespace: str, device: str, rate_mbit: float, burst_bytes: int) -> N
     rate = f"{round(rate_mbit * 1e6)}bit"
     shape = ("rate", rate, "burst", f"{burst_bytes}b", "limit", f"{QUEUE_BYTES}b")
     _run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", *shape)
+
+
+def _limited_bytes(namespace: str, device: str) -> int:
+    """What a limiter has let pass."""
+    qdiscs = json.loads(_run("tc", "-n", namespace, "-s", "-j", "qdisc", "show", "dev", device))
+    return sum(qdisc["bytes"] for qdisc in qdiscs if qdisc["kind"] == "tbf")
 
 
 def _namespaces() -> list[str]:

@@ -9,7 +9,9 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
+from dstrain.config.bench import check_fabric
 from dstrain.config.keys import keys
+from dstrain.config.rules import above_zero, at_least, listed, near, need, need_text, one_of
 from dstrain.config.schema import (
     Config,
     ExportRoot,
@@ -68,14 +70,14 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
 
 def check_mesh(config: Config, world_size: int | None) -> None:
     mesh, experts = config.mesh, config.model.num_experts
-    _at_least(config, 1, "mesh.pp", "mesh.ep")
+    at_least(config, 1, "mesh.pp", "mesh.ep")
     if mesh.dp is not None:
-        _at_least(config, 1, "mesh.dp")
+        at_least(config, 1, "mesh.dp")
     if experts % mesh.ep:
         sizes = [size for size in range(1, experts + 1) if experts % size == 0]
-        cure = f"Set mesh.ep to one of {_listed(sizes)}."
+        cure = f"Set mesh.ep to one of {listed(sizes)}."
         raise ConfigError("mesh.ep", mesh.ep, f"it must divide model.num_experts={experts}", cure)
-    _above_zero(config, "mesh.timeout_s")
+    above_zero(config, "mesh.timeout_s")
     if world_size is not None:
         _check_world(config, world_size)
 
@@ -83,34 +85,34 @@ def check_mesh(config: Config, world_size: int | None) -> None:
 def check_dispatch(config: Config) -> None:
     """How tokens travel, and in which order the phases run."""
     dispatch = config.dispatch
-    _one_of(config, "dispatch.kind", "auto", "local", "alltoall", "rank", "hierarchical", "deepep")
+    one_of(config, "dispatch.kind", "auto", "local", "alltoall", "rank", "hierarchical", "deepep")
     if dispatch.kind == "local" and config.mesh.ep > 1:
         cure = f"Set dispatch.kind=alltoall (or auto), or mesh.ep=1 instead of {config.mesh.ep}."
         raise ConfigError("dispatch.kind", "local", "it can't reach experts on other ranks", cure)
-    _one_of(config, "dispatch.wire", "auto", "float32", "bfloat16", "fp8", "fp4")
+    one_of(config, "dispatch.wire", "auto", "float32", "bfloat16", "fp8", "fp4")
     if dispatch.expert_chunk_rows is not None:
-        _at_least(config, 1, "dispatch.expert_chunk_rows")
-    _at_least(config, 0, "dispatch.placement.every_steps", "dispatch.placement.min_gain")
+        at_least(config, 1, "dispatch.expert_chunk_rows")
+    at_least(config, 0, "dispatch.placement.every_steps", "dispatch.placement.min_gain")
     if config.schedule.in_flight is not None:
-        _at_least(config, 1, "schedule.in_flight")
-    _one_of(config, "schedule.order", "fixed", "measured")
+        at_least(config, 1, "schedule.in_flight")
+    one_of(config, "schedule.order", "fixed", "measured")
 
 
 def check_model(model: ModelConfig) -> None:
-    _at_least(model, 1, "hidden_size", "num_layers", "num_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
-    _at_least(model, 1, "qk_rope_head_dim", "intermediate_size", "moe_intermediate_size", "num_experts")
-    _at_least(model, 0, "num_dense_layers", "num_shared_experts", "mtp.depth", "mtp.loss_weight")
+    at_least(model, 1, "hidden_size", "num_layers", "num_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
+    at_least(model, 1, "qk_rope_head_dim", "intermediate_size", "moe_intermediate_size", "num_experts")
+    at_least(model, 0, "num_dense_layers", "num_shared_experts", "mtp.depth", "mtp.loss_weight")
     for name in ("vocab_size", "q_lora_rank"):
         if getattr(model, name) is not None:
-            _at_least(model, 1, name)
-    _above_zero(model, "norm_eps", "init_std", "rope.theta")
-    _need(
+            at_least(model, 1, name)
+    above_zero(model, "norm_eps", "init_std", "rope.theta")
+    need(
         model.num_dense_layers <= model.num_layers,
         ("model.num_dense_layers", model.num_dense_layers),
         f"it can't exceed model.num_layers={model.num_layers}",
         "Make it smaller.",
     )
-    _need(
+    need(
         model.qk_rope_head_dim % 2 == 0,
         ("model.qk_rope_head_dim", model.qk_rope_head_dim),
         "rotary positions turn pairs of dimensions, so it must be even",
@@ -120,7 +122,7 @@ def check_model(model: ModelConfig) -> None:
     for name, unit in (("hidden_size", 8), ("moe_intermediate_size", 8), ("qk_nope_head_dim", 2), ("kv_lora_rank", 2)):
         value = getattr(model, name)
         rule = f"it must be a multiple of {unit}"
-        _need(value % unit == 0, (f"model.{name}", value), rule, f"Set it to {_near(value, unit)}.")
+        need(value % unit == 0, (f"model.{name}", value), rule, f"Set it to {near(value, unit)}.")
     _check_rope(model)
     _check_router(model)
 
@@ -128,31 +130,31 @@ def check_model(model: ModelConfig) -> None:
 def check_batch(config: Config, world_size: int | None) -> None:
     train = config.train
     # No steps at all: the initial or imported weights, saved.
-    _at_least(config, 0, "train.steps")
-    _at_least(config, 1, "train.seq_len", "train.micro_batch")
+    at_least(config, 0, "train.steps")
+    at_least(config, 1, "train.seq_len", "train.micro_batch")
     if (train.sequences is None) == (train.batch_tokens is None):
         rule = "exactly one of train.sequences and train.batch_tokens says how large the global batch is"
         cure = "Give one of them and set the other to null."
         raise ConfigError("train.sequences", train.sequences, f"{rule} (batch_tokens={train.batch_tokens})", cure)
     name = "train.sequences" if train.batch_tokens is None else "train.batch_tokens"
-    _at_least(config, 1, name)
+    at_least(config, 1, name)
     unit = 1 if train.batch_tokens is None else train.seq_len
     value = attrgetter(name)(config)
     if value % unit:
-        cure = f"Set it to {_near(value, unit)}."
+        cure = f"Set it to {near(value, unit)}."
         raise ConfigError(name, value, f"it must be a multiple of train.seq_len={train.seq_len}", cure)
     mesh = resolve(config, world_size).mesh
     share = (mesh.dp or 1) * mesh.ep * train.micro_batch
     rule = f"every one of dp*ep={(mesh.dp or 1) * mesh.ep} ranks takes whole micro-batches of {train.micro_batch}"
     if value // unit % share:
-        cure = f"Set it to {_near(value, unit * share)}, or change train.micro_batch."
+        cure = f"Set it to {near(value, unit * share)}, or change train.micro_batch."
         raise ConfigError(name, value, f"{rule}, so it must be a multiple of {unit * share}", cure)
     _check_ramp(config, value // unit, share, rule)
 
 
 def check_recipe(config: Config) -> None:
     """Optimiser, learning rate, changes on the way, recomputation, resuming."""
-    _one_of(config, "train.resume", "never", "auto", "must")
+    one_of(config, "train.resume", "never", "auto", "must")
     for name in config.train.recompute:
         if name not in RECOMPUTE:
             raise ConfigError(
@@ -162,44 +164,48 @@ def check_recipe(config: Config) -> None:
     if tokens != sorted(set(tokens)) or any(token < 0 for token in tokens):
         rule = "at_tokens must grow from change to change"
         raise ConfigError("train.changes", tokens, rule, "Put them in order, one change a point.")
-    _above_zero(config, "optim.lr", "optim.eps")
-    _at_least(config, 0, "optim.warmup_steps", "optim.weight_decay", "optim.clip_norm")
+    above_zero(config, "optim.lr", "optim.eps")
+    at_least(config, 0, "optim.warmup_steps", "optim.weight_decay", "optim.clip_norm")
     for name in ("optim.beta1", "optim.beta2"):
         value = attrgetter(name)(config)
-        _need(0 <= value < 1, (name, value), "it must be at least 0 and below 1", "0.9 and 0.95 are usual.")
+        need(0 <= value < 1, (name, value), "it must be at least 0 and below 1", "0.9 and 0.95 are usual.")
     for index, phase in enumerate(config.optim.phases):
         _check_phase(config, index, phase.shape, phase.tokens, phase.lr_end)
+    for step in config.metrics.trace_steps:
+        steps = config.train.steps
+        cure = "Name steps that the run makes, counted from 1."
+        need(1 <= step <= steps, ("metrics.trace_steps", step), f"the run has the steps 1 to {steps}", cure)
 
 
 def check_machine(config: Config) -> None:
     """Precision, engine, checkpoints, metrics, hardware."""
-    _one_of(config, "precision.compute_dtype", *DTYPES)
-    _one_of(config, "precision.moments_dtype", *DTYPES)
-    _one_of(config, "precision.grad_wire_dtype", *DTYPES)
-    _one_of(config, "engine.name", "torch", "deepspeed")
+    one_of(config, "precision.compute_dtype", *DTYPES)
+    one_of(config, "precision.moments_dtype", *DTYPES)
+    one_of(config, "precision.grad_wire_dtype", *DTYPES)
+    one_of(config, "engine.name", "torch", "deepspeed")
     engine, stages = config.engine, {"torch": (1,), "deepspeed": (1, 2)}[config.engine.name]
-    _need(
+    need(
         engine.zero_stage in stages,
         ("engine.zero_stage", engine.zero_stage),
         f"engine.name={engine.name} offers {' and '.join(map(str, stages))}",
         "Choose one of these, or the other engine.",
     )
-    _need(
+    need(
         engine.name == "deepspeed" or not engine.offload_optimizer,
         ("engine.offload_optimizer", "true"),
         "only the deepspeed engine can offload",
         "Add engine=deepspeed.",
     )
-    _one_of(config, "metrics.wandb", "disabled", "offline", "online")
-    _at_least(config, 1, "engine.bucket_mib", "checkpoint.keep_last", "metrics.console_every_steps")
-    _at_least(config, 1, "metrics.moe_every_steps", "hardware.devices_per_node")
-    _at_least(config, 0, "checkpoint.every_steps", "checkpoint.keep_every_steps", "hardware.peak_bf16_tflops")
-    _at_least(config, 0, "hardware.memory_gib", "hardware.intra_node_gbytes_per_s", "hardware.inter_node_gbytes_per_s")
+    one_of(config, "metrics.wandb", "disabled", "offline", "online")
+    at_least(config, 1, "engine.bucket_mib", "checkpoint.keep_last", "metrics.console_every_steps")
+    at_least(config, 1, "metrics.moe_every_steps", "hardware.devices_per_node")
+    at_least(config, 0, "checkpoint.every_steps", "checkpoint.keep_every_steps", "hardware.peak_bf16_tflops")
+    at_least(config, 0, "hardware.memory_gib", "hardware.intra_node_gbytes_per_s", "hardware.inter_node_gbytes_per_s")
 
 
 def check_data(config: Config | TokenizeRoot) -> None:
     data = config.data
-    _need(
+    need(
         data.path is None or not data.blend,
         ("data.path", data.path),
         "a corpus is given by data.path or data.blend, not both",
@@ -207,15 +213,15 @@ def check_data(config: Config | TokenizeRoot) -> None:
     )
     for index, corpus in enumerate(data.blend):
         name = f"data.blend[{index}]"
-        _need(bool(corpus.path), (f"{name}.path", '""'), "every part of a blend has a path", "Give it.")
-        _need(corpus.weight > 0, (f"{name}.weight", corpus.weight), "it must be above 0", "Leave the part out instead.")
-    _need(
+        need(bool(corpus.path), (f"{name}.path", '""'), "every part of a blend has a path", "Give it.")
+        need(corpus.weight > 0, (f"{name}.weight", corpus.weight), "it must be above 0", "Leave the part out instead.")
+    need(
         0 <= data.fim_rate <= 1,
         ("data.fim_rate", data.fim_rate),
         "it is a share of the documents",
         "Set it between 0 and 1.",
     )
-    _at_least(config, 0, "data.prefetch_batches")
+    at_least(config, 0, "data.prefetch_batches")
 
 
 def check_same_run(saved: Config, config: Config) -> None:
@@ -238,36 +244,36 @@ def check_same_run(saved: Config, config: Config) -> None:
 def check_verify(config: VerifyRoot) -> None:
     _check_pipeline(config)
     check(config)
-    _at_least(config, 1, "verify.steps", "verify.timeout_s")
-    _above_zero(config, "verify.tolerance")
+    at_least(config, 1, "verify.steps", "verify.timeout_s")
+    above_zero(config, "verify.tolerance")
 
 
 def check_generate(config: GenerateRoot) -> None:
-    _need_text(config, "run.dir", "the run whose model speaks")
-    _at_least(config, 1, "max_tokens")
-    _at_least(config, 0, "seed", "temperature")
-    _need(config.seed < 2**63, ("seed", config.seed), "it must be below 2^63", "Lower it.")
-    _need(0 < config.top_p <= 1, ("top_p", config.top_p), "it is a probability above 0", "Set it up to 1 (all tokens).")
+    need_text(config, "run.dir", "the run whose model speaks")
+    at_least(config, 1, "max_tokens")
+    at_least(config, 0, "seed", "temperature")
+    need(config.seed < 2**63, ("seed", config.seed), "it must be below 2^63", "Lower it.")
+    need(0 < config.top_p <= 1, ("top_p", config.top_p), "it is a probability above 0", "Set it up to 1 (all tokens).")
 
 
 def check_export(config: ExportRoot) -> None:
-    _need_text(config, "run.dir", "the run to export")
-    _need_text(config, "out", "the directory to write")
-    _one_of(config, "dtype", "bfloat16", "float32", "fp8")
-    _above_zero(config, "shard_gib")
+    need_text(config, "run.dir", "the run to export")
+    need_text(config, "out", "the directory to write")
+    one_of(config, "dtype", "bfloat16", "float32", "fp8")
+    above_zero(config, "shard_gib")
 
 
 def check_import(config: ImportRoot) -> None:
-    _need_text(config, "path", "the Hugging Face model directory to read")
-    _need_text(config, "run.dir", "the new run")
+    need_text(config, "path", "the Hugging Face model directory to read")
+    need_text(config, "run.dir", "the new run")
 
 
 def check_tokenize(config: TokenizeRoot) -> None:
-    _need(config.data.path is not None, ("data.path", None), "it names the text to tokenise", "Give data.path=<text>.")
-    _need_text(config, "out", "the prefix of the token files")
+    need(config.data.path is not None, ("data.path", None), "it names the text to tokenise", "Give data.path=<text>.")
+    need_text(config, "out", "the prefix of the token files")
     check_data(config)
     if config.workers is not None:
-        _at_least(config, 1, "workers")
+        at_least(config, 1, "workers")
 
 
 # By command; `train` takes the world size as well.
@@ -277,6 +283,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "export": check_export,
     "import": check_import,
     "tokenize": check_tokenize,
+    "bench_fabric": check_fabric,
 }
 
 
@@ -302,8 +309,8 @@ def _check_world(config: Config, world_size: int) -> None:
 
 def _check_rope(model: ModelConfig) -> None:
     rope = model.rope
-    _at_least(model, 1, "rope.yarn_factor", "rope.original_seq_len")
-    _need(
+    at_least(model, 1, "rope.yarn_factor", "rope.original_seq_len")
+    need(
         rope.beta_fast > rope.beta_slow > 0,
         ("model.rope.beta_fast", rope.beta_fast),
         f"it must be above model.rope.beta_slow={rope.beta_slow}, and both above 0",
@@ -313,28 +320,28 @@ def _check_rope(model: ModelConfig) -> None:
 
 def _check_router(model: ModelConfig) -> None:
     router, experts = model.router, model.num_experts
-    _one_of(model, "router.score", "sigmoid", "softmax")
-    _one_of(model, "router.group_score", "top2_sum", "max")
-    _at_least(model, 1, "experts_per_token", "router.num_groups", "router.groups_per_token")
-    _at_least(model, 0, "router.bias_update_rate", "router.balance_loss_weight", "router.z_loss_weight")
-    _above_zero(model, "router.scaling_factor")
+    one_of(model, "router.score", "sigmoid", "softmax")
+    one_of(model, "router.group_score", "top2_sum", "max")
+    at_least(model, 1, "experts_per_token", "router.num_groups", "router.groups_per_token")
+    at_least(model, 0, "router.bias_update_rate", "router.balance_loss_weight", "router.z_loss_weight")
+    above_zero(model, "router.scaling_factor")
     groups = ("model.router.num_groups", router.num_groups)
-    _need(experts % router.num_groups == 0, groups, f"it must divide model.num_experts={experts}", "Use equal groups.")
-    _need(
+    need(experts % router.num_groups == 0, groups, f"it must divide model.num_experts={experts}", "Use equal groups.")
+    need(
         router.groups_per_token <= router.num_groups,
         ("model.router.groups_per_token", router.groups_per_token),
         f"a token can't use more than model.router.num_groups={router.num_groups} groups",
         "Make it smaller.",
     )
     size = experts // router.num_groups
-    _need(
+    need(
         router.num_groups == 1 or router.group_score == "max" or size >= 2,
         groups,
         "group_score=top2_sum needs two experts in a group",
         "Use fewer groups, or group_score=max.",
     )
     allowed = router.groups_per_token * size
-    _need(
+    need(
         model.experts_per_token <= allowed,
         ("model.experts_per_token", model.experts_per_token),
         f"a token may choose among {allowed} experts ({router.groups_per_token} of {router.num_groups} groups)",
@@ -344,15 +351,15 @@ def _check_router(model: ModelConfig) -> None:
 
 def _check_ramp(config: Config, sequences: int, share: int, rule: str) -> None:
     ramp = config.train.ramp
-    _at_least(config, 0, "train.ramp.tokens")
+    at_least(config, 0, "train.ramp.tokens")
     if ramp.tokens == 0:
         return
     for name in ("start_sequences", "increment_sequences"):
         value = getattr(ramp, name)
         fits = value > 0 and value % share == 0
         field = (f"train.ramp.{name}", value)
-        _need(fits, field, f"{rule}, so it must be a multiple of {share}", f"Set it to {_near(value, share)}.")
-    _need(
+        need(fits, field, f"{rule}, so it must be a multiple of {share}", f"Set it to {near(value, share)}.")
+    need(
         ramp.start_sequences <= sequences and (sequences - ramp.start_sequences) % ramp.increment_sequences == 0,
         ("train.ramp.increment_sequences", ramp.increment_sequences),
         f"whole increments must lead from {ramp.start_sequences} to {sequences} sequences",
@@ -363,52 +370,11 @@ def _check_ramp(config: Config, sequences: int, share: int, rule: str) -> None:
 def _check_phase(config: Config, index: int, shape: str, tokens: int, lr_end: float) -> None:
     name, last = f"optim.phases[{index}]", index == len(config.optim.phases) - 1
     shapes = ("constant", "linear", "cosine")
-    _need(shape in shapes, (f"{name}.shape", shape), "there is no such shape", f"Choose one of {', '.join(shapes)}.")
-    _need(lr_end >= 0, (f"{name}.lr_end", lr_end), "a learning rate can't be negative", "Set it to 0 or more.")
-    _need(
+    need(shape in shapes, (f"{name}.shape", shape), "there is no such shape", f"Choose one of {', '.join(shapes)}.")
+    need(lr_end >= 0, (f"{name}.lr_end", lr_end), "a learning rate can't be negative", "Set it to 0 or more.")
+    need(
         tokens > 0 or (tokens == 0 and last),
         (f"{name}.tokens", tokens),
         "only the last phase may be 0 long (the rest of the run)",
         "Give its length in tokens.",
     )
-
-
-def _need(condition: bool, field: tuple[str, Any], rule: str, cure: str) -> None:
-    if not condition:
-        raise ConfigError(*field, rule, cure)
-
-
-def _at_least(node: Any, least: int, *names: str) -> None:
-    for name in names:
-        value = attrgetter(name)(node)
-        _need(value >= least, (_full(node, name), value), f"it must be at least {least}", "Raise it.")
-
-
-def _above_zero(node: Any, *names: str) -> None:
-    for name in names:
-        value = attrgetter(name)(node)
-        _need(value > 0, (_full(node, name), value), "it must be above 0", "Raise it.")
-
-
-def _one_of(node: Any, name: str, *options: str) -> None:
-    value = attrgetter(name)(node)
-    cure = f"Choose one of {', '.join(options)}."
-    _need(value in options, (_full(node, name), value), "there is no such choice", cure)
-
-
-def _need_text(node: Any, name: str, meaning: str) -> None:
-    _need(bool(attrgetter(name)(node)), (name, '""'), f"it names {meaning}", f"Give {name}=<path>.")
-
-
-def _full(node: Any, name: str) -> str:
-    return f"model.{name}" if isinstance(node, ModelConfig) else name
-
-
-def _near(value: int, unit: int) -> str:
-    """The multiples of `unit` around a value, in words."""
-    below = value // unit * unit
-    return f"{below} or {below + unit}" if below > 0 else str(unit)
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))

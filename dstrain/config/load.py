@@ -33,6 +33,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from dstrain.config import check
+from dstrain.config.bench import FabricRoot
 from dstrain.config.keys import Key, is_node, keys, nearest, sections
 from dstrain.config.schema import (
     Config,
@@ -44,7 +45,7 @@ from dstrain.config.schema import (
 )
 from dstrain.errors import ConfigError, UserError
 
-Root = Config | GenerateRoot | ExportRoot | ImportRoot | TokenizeRoot
+Root = Config | GenerateRoot | ExportRoot | ImportRoot | TokenizeRoot | FabricRoot
 
 SCHEMAS: dict[str, type] = {
     "train": Config,
@@ -53,6 +54,7 @@ SCHEMAS: dict[str, type] = {
     "export": ExportRoot,
     "import": ImportRoot,
     "tokenize": TokenizeRoot,
+    "bench_fabric": FabricRoot,
 }
 
 # Who names the first means it instead of the second, which a YAML file may have set.
@@ -88,7 +90,7 @@ def run(command: str, arguments: Sequence[str], task: Callable[[Any], None]) -> 
         with _past_hydra(), _explained(schema, arguments):
             task(_finish(command, composed))
 
-    sys.argv = [f"dstrain {command}", *arguments]
+    sys.argv = [f"dstrain {_spoken(command)}", *arguments]
     with _explained(schema, arguments):
         job()
 
@@ -362,17 +364,23 @@ def _help(command: str, schema: type) -> str:
         listed[section].append(fill(text, 120, subsequent_indent=29 * " ", break_on_hyphens=False))
     heads = {name: f"{name}. {about[name]}\n" if name else "" for name in listed}
     text = "\n\n".join(heads[name] + "\n".join(lines) for name, lines in listed.items())
-    usage, groups = (" [group=choice ...]", _GROUPS) if issubclass(schema, Config) else ("", "")
+    composed = issubclass(schema, (Config, FabricRoot))
+    usage, groups = (" [group=choice ...]", _GROUPS[issubclass(schema, Config)]) if composed else ("", "")
     return _HELP.format(
-        command=command, usage=usage, groups=groups, keys=re.sub(r"\bNone\b", "null", text).replace("$", "$$")
+        command=_spoken(command), usage=usage, groups=groups, keys=re.sub(r"\bNone\b", "null", text).replace("$", "$$")
     )
 
 
-_GROUPS = """\
-Groups (+experiment=... adds a complete recipe, the others have a default):
+def _spoken(command: str) -> str:
+    """As it is typed: two words for the files of `bench fabric`."""
+    return command.replace("_", " ")
 
-$APP_CONFIG_GROUPS
-"""
+
+# Whether a model is trained.
+_GROUPS = {
+    True: "Groups (+experiment=... adds a complete recipe, the others have a default):\n\n$APP_CONFIG_GROUPS\n",
+    False: "Groups: suite=quick (the default), standing, bytes or release sets many keys at once.\n\n",
+}
 
 _HELP = """\
 dstrain {command}{usage} [key=value ...] [flags]

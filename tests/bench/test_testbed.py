@@ -77,15 +77,20 @@ def test_counters_see_what_crosses_the_line():
         before = testbed.counters(1)
         assert send(testbed, 2_000_000) == 0
         sent = testbed.counters(1) - before
-        assert sent.device_bytes == pytest.approx(2_000_000, rel=0.005)
+        assert sent.device == pytest.approx(2_000_000, rel=0.005)
         # A payload of 1448 bytes in 1514 on the line.
-        assert sent.line_bytes == pytest.approx(2_000_000 * 1514 / 1448, rel=0.005)
-        assert sent.loopback_bytes == 0
+        assert sent.line_out == pytest.approx(2_000_000 * 1514 / 1448, rel=0.005)
+        assert sent.loopback == 0
+        received = testbed.counters(0).line_in
+        assert received == pytest.approx(sent.line_out, rel=0.005)
 
 
-def test_an_unlimited_link_has_no_line_counter():
-    with Testbed(Fabric(nodes=1)) as testbed:
-        assert testbed.counters(0).line_bytes is None
+def test_an_unlimited_link_has_no_line_counters():
+    with Testbed(Fabric(nodes=2)) as testbed:
+        serve(testbed)
+        assert send(testbed, 1_000_000) == 0
+        assert (testbed.counters(1).line_out, testbed.counters(1).line_in) == (0, 0)
+        assert testbed.counters(1).device > 1_000_000
 
 
 def test_a_cut_cable_is_silent_until_it_is_mended():

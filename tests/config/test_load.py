@@ -333,7 +333,7 @@ def test_deepseek_v3_recipe():
         load.compose("train", ["+experiment=deepseek_v3", "data.path=x"], world_size=2048)
 
 
-GROUPS = {group.name: sorted(group.glob("*.yaml")) for group in load.conf_dir().iterdir() if group.name != "experiment"}
+GROUPS = {group: sorted((load.conf_dir() / group).glob("*.yaml")) for group in load.conf_groups()}
 
 
 @pytest.mark.parametrize("turn", range(max(map(len, GROUPS.values()))))

@@ -1,0 +1,110 @@
+"""The model of the bench: what a schedule may ask of a model (schedule/phases.py), around any dispatcher.
+
+Its compute is given: sleeps that stand for an accelerator. Routes are fixed; what travels are real rows.
+
+Shapes: T tokens, D hidden, R rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dstrain.bench.peers.contract import Compute
+from dstrain.comm.lane import Flight, Lane
+from dstrain.comm.trace import Trace
+from dstrain.dispatch.contract import Arrived, Dispatcher, Handle, Route
+from dstrain.dispatch.transfer import Landed, Started, Way
+from dstrain.model.layer import Attended
+from dstrain.model.router import RouterReport
+from dstrain.schedule.phases import PhasedWalk
+from dstrain.schedule.run import run
+from dstrain.schedule.table import Table
+
+# Of a router that isn't there.
+NO_REPORT = RouterReport(torch.zeros(0, dtype=torch.int64), *[torch.zeros(())] * 3)
+
+
+class BlockingLane(Lane):
+    """A transfer is waited for as soon as it has started: what a blocking dispatcher costs."""
+
+    def submit(self, *args: Any, **kwargs: Any) -> Flight:
+        flight = super().submit(*args, **kwargs)
+        flight.wait()
+        return flight
+
+
+class Replay:
+    """No transfer and no copies: what a step takes with compute alone."""
+
+    def dispatch(self, x_TD: Tensor, route: Route) -> Started[Arrived]:
+        no_grad_TK, counts_E = torch.zeros_like(route.weights_TK), torch.tensor([len(x_TD)])
+        way = Way("dispatch", lambda x, _: Landed((x,)), lambda grad: Landed((grad, no_grad_TK)))
+        return Started(way, lambda rows: Arrived(rows, counts_E, None), x_TD, route.weights_TK)
+
+    def combine(self, rows_RD: Tensor, ticket: None) -> Started[Tensor]:
+        way = Way("combine", lambda rows: Landed((rows,)), lambda grad: Landed((grad,)))
+        return Started(way, lambda y: y, rows_RD)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An MoE block."""
+
+    dispatcher: Dispatcher
+    compute: Compute
+    block: int
+
+    def dispatch(self, attended: Attended) -> Handle[Arrived]:
+        return self.dispatcher.dispatch(attended.normed_BTD, attended.route)
+
+    def shared(self, attended: Attended) -> Tensor:
+        return attended.x_BTD + self.compute.shared(attended.normed_BTD, self.block)
+
+    def experts(self, arrived: Arrived) -> Tensor:
+        return self.compute.experts(arrived.rows_RD, arrived.counts_E.tolist(), self.block)
+
+    def combine(self, rows_RD: Tensor, arrived: Arrived) -> Handle[Tensor]:
+        return self.dispatcher.combine(rows_RD, arrived.ticket)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Before a block."""
+
+    layer: Layer
+    attended: Attended
+    roots: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True)
+class End:
+    """After the last stretch. The loss is half the square of the output, as for the peers."""
+
+    roots: Sequence[Tensor]
+    result: Tensor
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Blocks with stretches between them; `routes[block][micro_batch]`."""
+
+    layers: Sequence[Layer]
+    routes: Sequence[Sequence[Route]]
+
+    def walk(self, x_TD: Tensor, micro_batch: int) -> PhasedWalk[Tensor]:
+        for block, layer in enumerate(self.layers):
+            x_TD = layer.compute.attend(x_TD, block)
+            route = self.routes[block][micro_batch]
+            # A leaf: the weights' gradient travels home as it does from a router.
+            route = Route(route.experts_TK, route.weights_TK.clone().requires_grad_())
+            x_TD = yield Stop(layer, Attended(x_TD, x_TD, route, NO_REPORT))
+        y_TD = self.layers[-1].compute.attend(x_TD, len(self.layers))
+        return End([y_TD.float().square().sum() / 2], y_TD.detach())
+
+    def step(self, table: Table, inputs: Sequence[Tensor], trace: Trace) -> list[Tensor]:
+        """Forward and backward pass of all micro-batches in the order of the table; their outputs."""
+        return run(table, [partial(self.walk, x_TD, number) for number, x_TD in enumerate(inputs)], trace)

@@ -1,0 +1,179 @@
+"""`dstrain bench fabric`: cases in turn on one network, the same model and routes for all.
+
+For each point a testbed and one launch of ranks; in every round every case runs a step that warms up and some that are
+measured, so that what changes on the machine meanwhile meets all alike. Compute alone is a case, too: where it takes
+longer than it should, the machine was too busy, and the figures are void.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from dstrain.bench import theory
+from dstrain.bench.case import Case
+from dstrain.bench.launch import Launch
+from dstrain.bench.messages import Prepare, Run, StepFigures
+from dstrain.bench.testbed import Counters, Fabric, Testbed
+from dstrain.bench.workload import PASSES, Workload
+from dstrain.config.bench import FabricRoot
+from dstrain.plan.traffic import Way
+from dstrain.schedule.order import fixed, planned
+from dstrain.schedule.table import Table, sequential
+
+# What a card counts over what it carries: acknowledgements, and the headers of large packets. With a smaller bucket the
+# kernel cuts large packets first, and all their headers count.
+DEVICE_SHARE = 1.0023
+COUNTING_BURST_BYTES = 80 << 10
+# How far compute alone may be above its nominal time.
+MOST_SLOWDOWN = 0.03
+FLAT = Case("alltoall")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class CaseFigures:
+    """Medians over steps; times of the slowest rank unless said otherwise. Bytes are those of a step."""
+
+    name: str
+    step_ms: float
+    fastest_ms: float
+    slowest_ms: float
+    # By the limiter of the busiest card, headers included, over its rate.
+    wire_ms: float
+    # No order is faster than its compute alone, or than its bytes on the line.
+    bound_ms: float
+    # Means over ranks: waiting for the network; what else the main thread did besides compute; processor time.
+    exposed_ms: float
+    host_ms: float
+    main_cpu_ms: float
+    cpu_ms: float
+    # Of the busiest card with all headers; what it sent without them, None where its bucket is too small to count that;
+    # and what the routes demand, None for peers.
+    line_bytes: float
+    sent_bytes: float | None
+    theory_bytes: int | None
+
+    @property
+    def over_bound(self) -> float:
+        return self.step_ms / self.bound_ms
+
+    @property
+    def over_theory(self) -> float | None:
+        """Bytes sent over bytes demanded."""
+        return None if self.sent_bytes is None or not self.theory_bytes else self.sent_bytes / self.theory_bytes
+
+
+@dataclass(frozen=True)
+class PointFigures:
+    """One point with all its cases."""
+
+    config: FabricRoot
+    forward_ms: float
+    nominal_compute_ms: float
+    # Compute alone, measured.
+    compute_ms: float
+    flat_wire_ms: float
+    cases: list[CaseFigures]
+    # Name and reason.
+    left_out: dict[str, str]
+
+    @property
+    def is_void(self) -> bool:
+        slowest_ms = self.nominal_compute_ms * (1 + MOST_SLOWDOWN)
+        return self.config.compute == "emulated" and self.compute_ms > slowest_ms
+
+
+@dataclass
+class _Samples:
+    """Of one case, over all rounds."""
+
+    steps: list[list[StepFigures]] = field(default_factory=list)
+    line_bytes: list[float] = field(default_factory=list)
+    device_bytes: list[float] = field(default_factory=list)
+
+
+def measure(config: FabricRoot, cases: Sequence[Case], left_out: dict[str, str], say: Say) -> PointFigures:
+    """One point: `config` has none itself."""
+    work = workload(config)
+    flat_ms = theory.line_ms(theory.traffic(work, FLAT).busiest(*Way), config.rate_mbit)
+    nominal_ms = flat_ms / config.flat_ratio if config.compute == "emulated" else 0.0
+    forward_ms = nominal_ms / (PASSES * work.blocks * work.micro_batches)
+    fabric = Fabric(config.nodes, config.rate_mbit, config.burst_kib << 10, config.loopback_mbit)
+    samples: dict[Case | None, _Samples] = {case: _Samples() for case in [None, *cases]}
+    tables = {case: tuple(_table(case, config, work, forward_ms)) for case in samples}
+    with Testbed(fabric) as testbed, Launch(testbed, config.ranks_per_node, config.timeout_s) as launch:
+        launch.request(Prepare(work, forward_ms))
+        for number in range(config.rounds):
+            for case, kept in samples.items():
+                say(f"round {number + 1} of {config.rounds}: {case.name if case else 'compute alone'}")
+                _sample(testbed, launch, Run(case, tables[case], config.steps), kept)
+    compute_ms = median(_slowest(samples[None]))
+    figures = [_figures(case, samples[case], config, compute_ms, work) for case in cases]
+    return PointFigures(config, forward_ms, nominal_ms, compute_ms, flat_ms, figures, left_out)
+
+
+def workload(config: FabricRoot) -> Workload:
+    return Workload(
+        config.nodes,
+        config.ranks_per_node,
+        config.hidden_size,
+        config.num_experts,
+        config.experts_per_token,
+        config.tokens,
+        config.num_blocks,
+        config.micro_batches,
+        config.route_nodes,
+        config.route_skew,
+        config.seed,
+    )
+
+
+def _table(case: Case | None, config: FabricRoot, work: Workload, forward_ms: float) -> Table:
+    if case is None or case.in_flight == 0:
+        return sequential(work.blocks, work.micro_batches)
+    if config.order == "fixed":
+        return fixed(work.blocks, work.micro_batches, case.in_flight)
+    costs = theory.costs(work, case, forward_ms, config.rate_mbit, config.loopback_mbit)
+    return planned(work.blocks, work.micro_batches, case.in_flight, costs)
+
+
+def _sample(testbed: Testbed, launch: Launch, request: Run, kept: _Samples) -> None:
+    launch.request(Run(request.case, request.table, 1))
+    nodes = range(testbed.fabric.nodes)
+    before = [testbed.counters(node) for node in nodes]
+    by_rank: list[list[StepFigures]] = launch.request(request)
+    sent: list[Counters] = [testbed.counters(node) - before[node] for node in nodes]
+    kept.steps += [list(step) for step in zip(*by_rank, strict=True)]
+    kept.line_bytes.append(max(max(node.line_out, node.line_in) for node in sent) / request.steps)
+    kept.device_bytes.append(max(node.device for node in sent) / request.steps)
+
+
+def _slowest(samples: _Samples) -> list[float]:
+    return [max(rank.step_ms for rank in step) for step in samples.steps]
+
+
+def _figures(case: Case, samples: _Samples, config: FabricRoot, compute_ms: float, work: Workload) -> CaseFigures:
+    steps_ms = _slowest(samples)
+    line_bytes = median(samples.line_bytes)
+    wire_ms = line_bytes * 8 / config.rate_mbit / 1e3
+    counts = config.burst_kib << 10 >= COUNTING_BURST_BYTES
+
+    def typical(name: str) -> float:
+        return median(sum(getattr(rank, name) for rank in step) / len(step) for step in samples.steps)
+
+    return CaseFigures(
+        name=case.name,
+        step_ms=median(steps_ms),
+        fastest_ms=min(steps_ms),
+        slowest_ms=max(steps_ms),
+        wire_ms=wire_ms,
+        bound_ms=max(compute_ms, wire_ms),
+        exposed_ms=typical("exposed_ms"),
+        host_ms=typical("host_ms"),
+        main_cpu_ms=typical("main_cpu_ms"),
+        cpu_ms=typical("cpu_ms"),
+        line_bytes=line_bytes,
+        sent_bytes=median(samples.device_bytes) / DEVICE_SHARE if counts else None,
+        theory_bytes=None if case.is_peer else theory.traffic(work, case).most_sent(),
+    )

@@ -1,0 +1,53 @@
+"""What the driver of the bench and its workers say to each other."""
+
+from dataclasses import dataclass
+
+from dstrain.bench.case import Case
+from dstrain.bench.workload import Workload
+from dstrain.mesh.topology import Link
+from dstrain.schedule.action import Action
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """From now on, this model; what was built for the one before is dropped."""
+
+    work: Workload
+    forward_ms: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """So many steps of a case; `case` None: compute alone."""
+
+    case: Case | None
+    table: tuple[Action, ...]
+    steps: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A worker's last message."""
+
+    trace: str
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """One step of one rank."""
+
+    step_ms: float
+    # Of the main thread: sleeping for the accelerator, and waiting for the network.
+    compute_ms: float
+    exposed_ms: float
+    # Time in which something travelled, as this rank knows.
+    busy_ms: float
+    # Processor time of the main thread, and of all threads.
+    main_cpu_ms: float
+    cpu_ms: float
+    sent_bytes: dict[Link, int]
+
+    @property
+    def host_ms(self) -> float:
+        """What the main thread did besides: bookkeeping of graph and transfers, and whatever is packed there."""
+        return self.step_ms - self.compute_ms - self.exposed_ms

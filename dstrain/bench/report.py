@@ -1,0 +1,145 @@
+"""The figures of a bench as a table, and as JSON."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dstrain.bench.case import PEERS, Case
+from dstrain.bench.fabric import CaseFigures, PointFigures
+from dstrain.bench.peers.contract import Facts
+
+BASELINE = Case("alltoall").name
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the figures were measured on."""
+
+    processor: str
+    cores: int
+    kernel: str
+    torch: str
+    # Mean number of processes that wanted a core in the minute before.
+    load: float
+
+    @staticmethod
+    def here() -> "Machine":
+        return Machine(_processor(), os.cpu_count() or 1, platform.release(), torch.__version__, os.getloadavg()[0])
+
+
+@dataclass
+class Report:
+    """A whole bench; points are added as they are measured."""
+
+    machine: Machine
+    peers: dict[str, Facts]
+    started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    points: list[PointFigures] = field(default_factory=list)
+
+    def as_json(self) -> str:
+        content = asdict(self)
+        for point, figures in zip(content["points"], self.points, strict=True):
+            point["is_void"] = figures.is_void
+            for case, own in zip(point["cases"], figures.cases, strict=True):
+                case |= {"over_bound": own.over_bound, "over_theory": own.over_theory}
+                case["times_as_fast_as"] = speedups(own, figures)
+        return json.dumps(content, indent=2) + "\n"
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").write_text(self.as_json())
+
+
+def speedups(case: CaseFigures, point: PointFigures) -> dict[str, float]:
+    """How many times as fast as the own blocking baseline and the peers."""
+    others = {other.name: other.step_ms for other in point.cases if other.name in (BASELINE, *PEERS)}
+    return {name: step_ms / case.step_ms for name, step_ms in others.items() if name != case.name}
+
+
+def title(point: PointFigures) -> str:
+    """What was measured, in one line."""
+    config = point.config
+    parts = [
+        f"{config.nodes} nodes x {config.ranks_per_node} ranks",
+        f"{config.rate_mbit:g} Mbit",
+        f"burst {config.burst_kib} KiB",
+        f"{config.loopback_mbit:g} Mbit inside" if config.loopback_mbit else "",
+        f"top {config.experts_per_token} of {config.num_experts} experts",
+        f"at most {config.route_nodes} nodes a token" if config.route_nodes else "",
+        f"skew {config.route_skew:g}" if config.route_skew else "",
+        f"{config.micro_batches} micro-batches",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def about_compute(point: PointFigures) -> str:
+    """Emulated or real, and how it compares with the traffic that a flat dispatcher sends."""
+    flat = f"flat BF16 traffic {point.flat_wire_ms:.0f} ms on the line"
+    if point.config.compute == "emulated":
+        return f"emulated compute {point.nominal_compute_ms:.0f} ms (measured {point.compute_ms:.0f} ms) a step, {flat}"
+    return (
+        f"real compute {point.compute_ms:.0f} ms a step, {flat}"
+        if point.config.compute == "real"
+        else f"no compute, {flat}"
+    )
+
+
+def show(point: PointFigures, machine: Machine, console: Console) -> None:
+    """The table of a point, and what must be known to read it."""
+    console.print(f"\n[bold]{title(point)}[/]", highlight=False)
+    load = f"{machine.processor}, {machine.cores} cores, load {machine.load:.1f} at the start"
+    console.print(f"{about_compute(point)}; {load}", highlight=False)
+    console.print(_table(point))
+    for name, reason in point.left_out.items():
+        console.print(f"{name} is left out: {reason}", markup=False, highlight=False)
+    if point.is_void:
+        percent = (point.compute_ms / point.nominal_compute_ms - 1) * 100
+        words = f"compute alone took {percent:.1f} % longer than it should, so the machine was too busy"
+        console.print(f"[bold yellow]These figures are void:[/] {words}.", highlight=False)
+
+
+def _table(point: PointFigures) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("case", no_wrap=True)
+    rivals = [case.name for case in point.cases if case.name in (BASELINE, *PEERS)]
+    faster = [f"x {name.removesuffix('/bfloat16/block')}" for name in rivals]
+    figures = ("step ms", "from", "to", "wire ms", "step/bound", "exposed ms", "host ms", "cpu ms", "MB", "/theory")
+    for name in (*figures, *faster):
+        table.add_column(name, justify="right", no_wrap=True)
+    for case in point.cases:
+        ratios = speedups(case, point)
+        table.add_row(case.name, *_cells(case), *(_number(ratios.get(name), 2) for name in rivals))
+    return table
+
+
+def _cells(case: CaseFigures) -> list[str]:
+    times = (case.step_ms, case.fastest_ms, case.slowest_ms, case.wire_ms)
+    rest = (case.exposed_ms, case.host_ms, case.cpu_ms)
+    sent = case.line_bytes if case.sent_bytes is None else case.sent_bytes
+    return [
+        *(f"{value:.0f}" for value in times),
+        f"{case.over_bound:.3f}",
+        *(f"{value:.0f}" for value in rest),
+        f"{sent / 1e6:.2f}",
+        _number(case.over_theory, 4),
+    ]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _processor() -> str:
+    """The model of the processor, as the kernel names it."""
+    path = Path("/proc/cpuinfo")
+    lines: Any = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

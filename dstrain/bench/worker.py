@@ -1,0 +1,137 @@
+"""A rank of the bench: runs steps of one case after another, as the driver asks, and reports what each one took.
+
+The driver and a worker talk over a pipe, in Python objects; all ranks get the same requests in the same order. Between
+two requests nothing is under way, so the driver can read the counters of the cards.
+"""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dstrain.bench.case import Case
+from dstrain.bench.chain import BlockingLane, Chain, Layer, Replay
+from dstrain.bench.emulate import Clock, Emulated
+from dstrain.bench.messages import Failure, Prepare, Run, StepFigures
+from dstrain.bench.peers.choose import PEERS
+from dstrain.bench.peers.contract import Spec
+from dstrain.bench.workload import Workload
+from dstrain.comm.collectives import Peers
+from dstrain.dispatch.alltoall import AllToAllDispatcher
+from dstrain.dispatch.contract import Dispatcher
+from dstrain.dispatch.hierarchical import HierarchicalDispatcher
+from dstrain.dispatch.rank import RankDispatcher
+from dstrain.dispatch.transport import Transport
+from dstrain.dispatch.wire import wire_format
+from dstrain.mesh.axes import Mesh
+from dstrain.mesh.groups import Groups, Place, connect
+from dstrain.schedule.table import Table
+
+DTYPE = torch.bfloat16
+# Runs a step over the inputs of its micro-batches, in the order of a table.
+Step = Callable[[Table, list[Tensor]], object]
+
+
+@dataclass
+class _Bench:
+    """The current model on this rank, and what has been built for its cases."""
+
+    groups: Groups
+    ep: Peers
+    work: Workload
+    emulated: Emulated
+    steps: dict[Case | None, Step] = field(default_factory=dict)
+
+    def run(self, request: Run) -> list[StepFigures]:
+        if request.case not in self.steps:
+            self.steps[request.case] = self._build(request.case)
+        step = self.steps[request.case]
+        return [self._measure(step, request.table) for _ in range(request.steps)]
+
+    def _measure(self, step: Step, table: Table) -> StepFigures:
+        trace, clock, inputs = self.groups.trace, self.emulated.clock, self._inputs()
+        dist.barrier(self.groups.background)
+        trace.take()
+        before = clock.slept_s, time.thread_time(), time.process_time(), time.perf_counter()
+        step(table, inputs)
+        now = clock.slept_s, time.thread_time(), time.process_time(), time.perf_counter()
+        totals = trace.take()
+        compute, main_cpu, cpu, whole = ((b - a) * 1e3 for a, b in zip(before, now, strict=True))
+        return StepFigures(whole, compute, totals.exposed_ms, totals.busy_ms, main_cpu, cpu, totals.link_bytes)
+
+    def _build(self, case: Case | None) -> Step:
+        """What runs a step."""
+        routes = self.work.routes(self.groups.place.rank)
+        if case is not None and case.is_peer:
+            work = self.work
+            spec = Spec(work.hidden_size, work.num_experts, work.experts_per_token, work.tokens, routes)
+            peer = PEERS[case.kind].make(spec, self.ep.group, self.emulated)
+            return lambda _, inputs: peer.step(inputs)
+        dispatcher = Replay() if case is None else self._dispatcher(case)
+        chain = Chain([Layer(dispatcher, self.emulated, block) for block in range(self.work.blocks)], routes)
+        return lambda table, inputs: chain.step(table, inputs, self.groups.trace)
+
+    def _inputs(self) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(self.groups.place.rank)
+        shape = self.work.tokens, self.work.hidden_size
+        drawn = [torch.randn(shape, generator=generator) for _ in range(self.work.micro_batches)]
+        return [x_TD.to(DTYPE).requires_grad_() for x_TD in drawn]
+
+    def _dispatcher(self, case: Case) -> Dispatcher:
+        wire = wire_format(case.wire, DTYPE)
+        dispatcher: Transport
+        if case.kind == "hierarchical":
+            if self.groups.ep_nodes is None or self.groups.ep_node is None:
+                raise RuntimeError("the group does not span several nodes of several ranks")
+            dispatcher = HierarchicalDispatcher(self.work.num_experts, self.groups.ep_nodes, self.groups.ep_node, wire)
+        else:
+            kinds = {"alltoall": AllToAllDispatcher, "rank": RankDispatcher}
+            dispatcher = kinds[case.kind](self.work.num_experts, self.ep, wire)
+        if case.in_flight == 0:
+            dispatcher.lane = BlockingLane(self.groups.trace)
+        return dispatcher
+
+
+def serve(driver: Connection, timeout_s: float) -> None:
+    """Answers requests until the driver sends None."""
+    place = Place.from_environment()
+    groups = connect(Mesh(ep=place.world), place, timeout_s)
+    if groups.ep is None:
+        raise RuntimeError("the bench needs several ranks")
+    clock, bench = Clock(), None
+    driver.send(groups.topology)
+    while (request := driver.recv()) is not None:
+        if isinstance(request, Prepare):
+            bench = _Bench(groups, groups.ep, request.work, Emulated(clock, request.forward_ms, request.work.blocks))
+            driver.send(None)
+        elif bench is not None:
+            driver.send(bench.run(request))
+    dist.barrier(groups.background)
+
+
+def main() -> None:
+    """`python -m dstrain.bench.worker <file descriptor of the pipe> <time-out in seconds>`"""
+    torch.set_num_threads(1)
+    driver, status = Connection(int(sys.argv[1])), 0
+    try:
+        serve(driver, float(sys.argv[2]))
+    except BaseException:
+        status = 1
+        traceback.print_exc()
+        with suppress(OSError):
+            driver.send(Failure(traceback.format_exc()))
+    sys.stderr.flush()
+    # Receives that will never be answered would hold back a regular exit.
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

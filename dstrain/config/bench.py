@@ -1,0 +1,125 @@
+"""The keys of `dstrain bench`, and the rules that span them."""
+
+from dataclasses import dataclass, fields, replace
+
+from dstrain.config.rules import above_zero, at_least, listed, need, one_of
+
+MAX_NODES = 64
+
+
+@dataclass(frozen=True)
+class FabricPoint:
+    """A measurement that changes some keys of `dstrain bench fabric`; null: as they are there."""
+
+    nodes: int | None = None
+    ranks_per_node: int | None = None
+    rate_mbit: float | None = None
+    loopback_mbit: float | None = None
+    flat_ratio: float | None = None
+    num_experts: int | None = None
+    experts_per_token: int | None = None
+    micro_batches: int | None = None
+    route_nodes: int | None = None
+    route_skew: float | None = None
+
+
+@dataclass(frozen=True)
+class FabricRoot:
+    """`dstrain bench fabric`: dispatchers on a network of namespaces with limited links. Needs root."""
+
+    # What to compare: <dispatcher>/<wire>/<order> (alltoall | rank | hierarchical; bfloat16 | fp8 | fp4; block, or how
+    # many micro-batches are in flight), or a peer that is installed: megatron | torchtitan | deepspeed |
+    # deepspeed_drops.
+    cases: tuple[str, ...] = (
+        "alltoall/bfloat16/block",
+        "alltoall/bfloat16/2",
+        "rank/bfloat16/2",
+        "hierarchical/bfloat16/2",
+        "hierarchical/fp8/2",
+    )
+    nodes: int = 2
+    ranks_per_node: int = 2
+    # Line rate of every network card, each way.
+    rate_mbit: float = 200.0
+    # What a card may send at once after a pause. Small (32) for times; at least 80 for bytes that are right to 1%.
+    burst_kib: int = 32
+    # Rate of the link inside a node; null: as fast as the machine copies.
+    loopback_mbit: float | None = None
+    # emulated (sleeps that stand for an accelerator) | none (transfers alone) | real (a small model in BF16 on this
+    # machine's cores)
+    compute: str = "emulated"
+    # Emulated compute is chosen so that the time of a row per (token, expert) on the line is this multiple of it.
+    flat_ratio: float = 2.0
+    hidden_size: int = 512
+    num_experts: int = 16
+    experts_per_token: int = 6
+    # Of a rank and micro-batch.
+    tokens: int = 256
+    # MoE layers.
+    num_blocks: int = 2
+    micro_batches: int = 4
+    # Nodes that a token may visit; null: all.
+    route_nodes: int | None = None
+    # The n-th most popular expert is chosen about n^-skew times as often as the first; 0: all alike.
+    route_skew: float = 0.0
+    # planned (for the nominal times of each case) | fixed (the order that training starts with)
+    order: str = "planned"
+    # Every case takes its turn this often, with this many measured steps after one that warms up.
+    rounds: int = 3
+    steps: int = 2
+    seed: int = 0
+    # Measured one after the other; empty: once, as the keys above say.
+    points: tuple[FabricPoint, ...] = ()
+    # Directory for result.json and picture.svg; "": bench/<date-time>.
+    out: str = ""
+    # Seconds after which a rank that does not answer ends the bench.
+    timeout_s: float = 120.0
+
+
+def points(config: FabricRoot) -> list[FabricRoot]:
+    """The measurements of a bench, each as a config of its own."""
+    return [_changed(config, point) for point in config.points] or [config]
+
+
+def check_fabric(config: FabricRoot) -> None:
+    need(bool(config.cases), ("cases", "[]"), "there is nothing to measure", "Name at least one case.")
+    for point in points(config):
+        _check_point(point)
+
+
+def _changed(config: FabricRoot, point: FabricPoint) -> FabricRoot:
+    changes = {entry.name: getattr(point, entry.name) for entry in fields(FabricPoint)}
+    return replace(config, points=(), **{name: value for name, value in changes.items() if value is not None})
+
+
+def _check_point(config: FabricRoot) -> None:
+    need(config.nodes >= 2, ("nodes", config.nodes), "a network needs two nodes", "Set nodes=2 or more.")
+    rule = f"a testbed has at most {MAX_NODES} nodes"
+    need(config.nodes <= MAX_NODES, ("nodes", config.nodes), rule, "Lower it.")
+    at_least(config, 1, "ranks_per_node", "hidden_size", "num_experts", "experts_per_token", "tokens")
+    at_least(config, 1, "num_blocks", "micro_batches", "rounds", "steps")
+    # A bucket smaller than a frame lets nothing pass.
+    at_least(config, 2, "burst_kib")
+    at_least(config, 0, "route_skew", "seed")
+    above_zero(config, "rate_mbit", "flat_ratio", "timeout_s")
+    if config.loopback_mbit is not None:
+        above_zero(config, "loopback_mbit")
+    one_of(config, "compute", "emulated", "none", "real")
+    one_of(config, "order", "planned", "fixed")
+    _check_experts(config)
+
+
+def _check_experts(config: FabricRoot) -> None:
+    ranks, experts = config.nodes * config.ranks_per_node, config.num_experts
+    sizes = listed([ranks * factor for factor in (1, 2, 4)])
+    rule = f"{config.nodes} nodes of {config.ranks_per_node} ranks hold equally many experts each"
+    need(experts % ranks == 0, ("num_experts", experts), rule, f"Set it to {sizes} or another multiple of {ranks}.")
+    if config.route_nodes is not None:
+        value = ("route_nodes", config.route_nodes)
+        need(1 <= config.route_nodes <= config.nodes, value, f"there are {config.nodes} nodes", "Set it to 1 or more.")
+    allowed = experts // config.nodes * (config.route_nodes or config.nodes)
+    value = ("experts_per_token", config.experts_per_token)
+    need(config.experts_per_token <= allowed, value, f"a token may choose among {allowed} experts", "Lower it.")
+    # Rows are gathered in units of 8 bytes.
+    value = ("hidden_size", config.hidden_size)
+    need(config.hidden_size % 8 == 0, value, "it must be a multiple of 8", "512 is usual.")

@@ -1,0 +1,59 @@
+"""`dstrain bench fabric`: dispatchers, ours and others', on a network with limited links."""
+
+import sys
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.status import Status
+
+from dstrain.bench import picture
+from dstrain.bench.case import Case, parse
+from dstrain.bench.fabric import measure
+from dstrain.bench.peers.choose import PEERS
+from dstrain.bench.peers.contract import Facts
+from dstrain.bench.report import Machine, Report, show
+from dstrain.bench.testbed import require_root
+from dstrain.config.bench import FabricRoot, points
+from dstrain.errors import ConfigError, UserError
+
+PIPE_WIDTH = 160
+
+
+def run(config: FabricRoot) -> None:
+    """Measures every point and prints its table; result.json and picture.svg grow with each."""
+    cases = list(dict.fromkeys(map(parse, config.cases)))
+    require_root()
+    facts, left_out = _peers(cases)
+    kept = [case for case in cases if case.kind not in left_out]
+    if not kept:
+        raise ConfigError("cases", ", ".join(config.cases), "none of these can run here", " ".join(left_out.values()))
+    report, folder = Report(Machine.here(), facts), Path(config.out or f"bench/{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    # A pipe has no width of its own.
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    for number, point in enumerate(todo := points(config), start=1):
+        of = f"point {number} of {len(todo)}" if len(todo) > 1 else "bench"
+        with console.status(of) as status:
+            figures = measure(point, kept, left_out, partial(_tell, status, of))
+        report.points.append(figures)
+        show(figures, report.machine, console)
+        report.save(folder)
+        (folder / "picture.svg").write_text(picture.draw(report))
+    console.print(f"\n{folder / 'result.json'}, {folder / 'picture.svg'}", highlight=False)
+
+
+def _tell(status: Status, of: str, what: str) -> None:
+    status.update(f"{of}, {what}")
+
+
+def _peers(cases: list[Case]) -> tuple[dict[str, Facts], dict[str, str]]:
+    """What is known about the peers that are asked for; why the others can't run."""
+    facts, left_out = {}, {}
+    for case in cases:
+        if case.is_peer:
+            try:
+                facts[case.name] = PEERS[case.kind].facts()
+            except UserError as error:
+                left_out[case.name] = str(error)
+    return facts, left_out
