@@ -23,6 +23,7 @@ from dstrain.dispatch.wire import wire_format
 from dstrain.errors import ConfigError
 from dstrain.mesh.groups import Groups
 from dstrain.mesh.topology import Link
+from dstrain.plan import node_limit
 from dstrain.plan.traffic import Router, Rows, Way, expected, link_bytes
 
 # Where the bandwidth is given: a kernel launch and a few microseconds on the link (arXiv:2505.09343, table 5).
@@ -36,6 +37,8 @@ class Choice:
     kind: str
     wire: str
     reason: str
+    # What a limit of expert groups per token means on these nodes; "" where there is none.
+    limit: str = ""
 
     def settle(self, config: Config) -> Config:
         """The config with the choice in it: nothing is measured again."""
@@ -105,10 +108,11 @@ def choose(config: Config, groups: Groups) -> Choice:
         rule = f"it needs several equally large nodes of several ranks in each mesh.ep group; here are {task.layout}"
         cure = "Set dispatch.kind=rank, or auto; or choose mesh.ep so that a group fills whole nodes."
         raise ConfigError("dispatch.kind", kind, rule, cure)
+    limit = node_limit.describe(task.router, task.node_sizes)
     if kind != "auto":
-        return Choice(kind, wire, f"{kind}: asked for; {task.layout}")
+        return Choice(kind, wire, f"{kind}: asked for; {task.layout}", limit)
     kind, reason = decide(task, find_speeds(config.hardware, groups) if task.is_grid else None)
-    return Choice(kind, wire, reason)
+    return Choice(kind, wire, reason, limit)
 
 
 def find_speeds(hardware: HardwareConfig, groups: Groups) -> Links:

@@ -305,6 +305,7 @@ def headline(config: Config, groups: Groups, trainer: Trainer, loader: Loader, c
     start = f"resuming after step {trainer.progress.step}" if trainer.progress.step else "starting"
     device = torch.cuda.get_device_name() if groups.place.device.type == "cuda" else "CPU"
     travel = f"\ndispatch {choice.reason}; rows out in {choice.wire}" if groups.ep else ""
+    travel += f"\n{choice.limit}" if choice.limit else ""
     return (
         f"{start}: {total / 1e6:,.1f}M parameters on {mesh.world} x {device} "
         f"(pp {mesh.pp}, dp {mesh.dp}, ep {mesh.ep}), engine {config.engine.name}, {config.precision.compute_dtype}\n"
