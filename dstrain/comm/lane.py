@@ -9,8 +9,10 @@ failed stage fails its flight and all later ones with the same error: what follo
 On CUDA the threads issue into one side stream; the device's own order then holds between stages.
 """
 
+import atexit
 import contextlib
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -28,6 +30,9 @@ Stage = Callable[[Any], Any]
 
 # Most flights inside a lane at once; `submit` waits for room, so that buffers stay bounded.
 DEPTH = 8
+# At exit, time for threads to come back from transfers that fail: one that wakes up in a half-ended interpreter aborts
+# the process, and with it the exit status. Those still waiting then end with the process.
+EXIT_S = 3.0
 
 
 class Flight:
@@ -65,6 +70,7 @@ class _Shared:
 
     room: threading.Semaphore
     queues: list["SimpleQueue[tuple[_Item, Any] | None]"] = field(default_factory=list)
+    threads: list[threading.Thread] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     pending: list[Flight] = field(default_factory=list)
     failure: BaseException | None = None
@@ -89,11 +95,12 @@ class _Shared:
     def queue(self, position: int) -> "SimpleQueue[tuple[_Item, Any] | None]":
         """Of thread `position`, which starts when it is first needed."""
         with self.lock:
-            while len(self.queues) <= position:
+            while (number := len(self.queues)) <= position:
                 self.queues.append(SimpleQueue())
-                name = f"lane-{len(self.queues) - 1}"
                 # Daemons: a thread that waits for a dead peer must not keep a failed process alive.
-                threading.Thread(target=_serve, args=(self, len(self.queues) - 1), name=name, daemon=True).start()
+                thread = threading.Thread(target=_serve, args=(self, number), name=f"lane-{number}", daemon=True)
+                self.threads.append(thread)
+                thread.start()
             return self.queues[position]
 
 
@@ -107,6 +114,7 @@ class Lane:
         if trace.device.type == "cuda":
             self._shared.stream = torch.cuda.Stream(trace.device)
         self._finalizer = weakref.finalize(self, _stop, self._shared)
+        _open_lanes.add(self)
 
     def submit(
         self,
@@ -120,6 +128,8 @@ class Lane:
         `cleanup` runs in a thread of its own after the last stage, with its result: nobody waits for it, and only after
         it the transfer counts as over.
         """
+        if not self._finalizer.alive:
+            raise RuntimeError("the lane is closed")
         shared, flight = self._shared, Flight(self.trace, transfer)
         shared.room.acquire()
         with shared.lock:
@@ -141,13 +151,25 @@ class Lane:
             tensor.record_stream(self._shared.stream)
         return torch.cuda.current_stream().record_event()
 
-    def close(self) -> None:
-        """Ends the threads once they have done what was submitted."""
+    def close(self, wait_s: float = 0.0) -> None:
+        """Ends the threads once they have done what was submitted, and waits that long for them to end."""
         self._finalizer()
+        deadline = time.monotonic() + wait_s
+        for thread in self._shared.threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+_open_lanes: "weakref.WeakSet[Lane]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for lane in list(_open_lanes):
+        lane.close(EXIT_S)
 
 
 def _stop(shared: _Shared, position: int = 0) -> None:
-    """Ends a thread, which ends the next one: only what is behind the last item of a thread is behind it in the next."""
+    """Ends a thread, which ends the next one once it has handed over all it had."""
     if position < len(shared.queues):
         shared.queues[position].put(None)
 

@@ -7,16 +7,15 @@
 
 A handle is a transfer that has started; what is computed between start and wait hides it, and the same holds for its
 backward pass: the backward of `wait` starts the gradient's transfer, the backward of the start waits for it. Between
-the two, the graph is an empty tensor, `handle.token`: whoever runs the phases one by one cuts the graph there, by giving
-the handle a detached token before it calls `wait`. Nothing else connects the two sides: a ticket holds no tensor that
-requires a gradient. Every transport is drop-in for every other. The layer never sees a process group.
+the two, the graph is an empty tensor, `handle.token`: whoever runs the phases one by one cuts the graph there, by
+giving the handle a detached token before it calls `wait`. Nothing else connects the two sides: a ticket holds no tensor
+that requires a gradient. Every transport is drop-in for every other. The layer never sees a process group.
 
 Shapes: T tokens of this rank, K experts per token, D hidden size, R rows that arrived here, E experts held here.
 """
 
-from typing import Any, Protocol, TypeVar
-
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 

@@ -1,0 +1,117 @@
+"""What a transport costs the host: CPU time per layer and micro-batch, forward and backward, without any experts.
+
+    python scripts/bench_dispatch.py [--ranks 4] [--tokens 256] [--hidden 512] [--experts 16,64,256] [--rounds 40]
+
+Real gloo processes on this machine; `hierarchical` takes half of them for a node. Times are CPU times, which waiting
+for the network does not add to: of the main thread (what keeps it from computing) and of all threads of a rank, gloo's
+own included. Routing is random, top K of E.
+"""
+
+import argparse
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch import multiprocessing as mp
+
+from dstrain.dispatch.alltoall import AllToAllDispatcher
+from dstrain.dispatch.contract import Route
+from dstrain.dispatch.hierarchical import HierarchicalDispatcher
+from dstrain.dispatch.rank import RankDispatcher
+from dstrain.dispatch.transport import Transport
+from dstrain.dispatch.wire import wire_format
+from dstrain.mesh.axes import Mesh
+from dstrain.mesh.groups import Groups, Place, connect, disconnect
+
+WIRES = ("bfloat16", "fp8")
+# Micro-batches whose times are thrown away.
+WARM_UP = 5
+
+
+def transports(groups: Groups) -> dict[str, Callable[..., Transport]]:
+    """What takes a number of experts and a wire format, by name."""
+    assert groups.ep is not None
+    found = {
+        "alltoall": partial(AllToAllDispatcher, peers=groups.ep),
+        "rank": partial(RankDispatcher, peers=groups.ep),
+    }
+    if groups.ep_nodes is not None and groups.ep_node is not None:
+        found["hierarchical"] = partial(HierarchicalDispatcher, nodes=groups.ep_nodes, node=groups.ep_node)
+    return found
+
+
+def micro_batch(transport: Transport, x_TD: Tensor, route: Route) -> tuple[float, float]:
+    """CPU milliseconds of the main thread, and of all threads, for a layer's way there and back in both directions."""
+    main, total = time.thread_time(), time.process_time()
+    arrived = transport.dispatch(x_TD, route).wait()
+    y_TD = transport.combine(arrived.rows_RD, arrived.ticket).wait()
+    y_TD.backward(x_TD.detach())
+    return (time.thread_time() - main) * 1e3, (time.process_time() - total) * 1e3
+
+
+def measure(transport: Transport, experts: int, arguments: argparse.Namespace, rank: int) -> tuple[float, float]:
+    """Medians over micro-batches."""
+    generator = torch.Generator().manual_seed(rank)
+    times = []
+    for _ in range(WARM_UP + arguments.rounds):
+        scores_TE = torch.rand(arguments.tokens, experts, generator=generator)
+        weights_TK, experts_TK = scores_TE.topk(arguments.top, dim=1)
+        x_TD = torch.randn(arguments.tokens, arguments.hidden, generator=generator).bfloat16().requires_grad_()
+        dist.barrier()
+        times.append(micro_batch(transport, x_TD, Route(experts_TK, weights_TK.requires_grad_())))
+    main, total = zip(*times[WARM_UP:], strict=True)
+    return statistics.median(main), statistics.median(total)
+
+
+def work(rank: int, arguments: argparse.Namespace, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=arguments.ranks, timeout=timedelta(seconds=60))
+    place = Place(rank, arguments.ranks, torch.device("cpu"))
+    groups = connect(Mesh(ep=arguments.ranks), place, ranks_per_node=max(1, arguments.ranks // 2))
+    table = Table(title=f"CPU ms per layer and micro-batch: {arguments.tokens} tokens x {arguments.hidden}")
+    for column in ("transport", "wire", "experts", "main thread", "all threads"):
+        table.add_column(column)
+    for name, make in transports(groups).items():
+        for wire in WIRES:
+            for experts in arguments.experts:
+                transport = make(experts, wire=wire_format(wire, torch.bfloat16))
+                figures = torch.tensor(measure(transport, experts, arguments, rank))
+                transport.close()
+                dist.all_reduce(figures)
+                main, total = (figures / arguments.ranks).tolist()
+                table.add_row(name, wire, str(experts), f"{main:.2f}", f"{total:.2f}")
+    if rank == 0:
+        Console().print(table)
+    disconnect()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--top", type=int, default=6)
+    parser.add_argument("--experts", type=lambda text: [int(n) for n in text.split(",")], default=[16, 64, 256])
+    parser.add_argument("--rounds", type=int, default=40)
+    arguments = parser.parse_args()
+    mp.spawn(work, (arguments, free_port()), nprocs=arguments.ranks)
+
+
+if __name__ == "__main__":
+    main()
