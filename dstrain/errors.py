@@ -1,5 +1,6 @@
 """What a user can mend. The command line prints these as one message, without a traceback, and exits with 2."""
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -20,4 +21,8 @@ class ConfigError(SharedError):
 
 
 class PeerError(UserError):
-    """Another rank did not answer; only this rank knows what it was waiting for."""
+    """Another rank did not answer, one of `suspects`; only this rank knows what it was waiting for."""
+
+    def __init__(self, message: str, suspects: Sequence[int] = ()):
+        super().__init__(message)
+        self.suspects = tuple(suspects)

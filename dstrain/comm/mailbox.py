@@ -19,19 +19,18 @@ size is not sent.
 """
 
 import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dstrain.comm import failure
 from dstrain.comm.collectives import Peers
 from dstrain.comm.lane import DEPTH
 from dstrain.comm.trace import Transfer
-from dstrain.errors import PeerError
 
 # Length of the message, int64.
 HEADER_BYTES = 8
@@ -126,28 +125,10 @@ class Forecast:
         return min(self.most_bytes, max(self.first_bytes, align(largest + largest // 4)))
 
 
-@contextmanager
-def naming(peers: Peers, index: int, transfer: Transfer) -> Iterator[None]:
+def naming(peers: Peers, index: int, transfer: Transfer) -> AbstractContextManager[None]:
     """Turns an error of the transport into one that says who was waited for, and in what."""
-    began = time.perf_counter()
-    try:
-        yield
-    except RuntimeError as error:
-        raise _peer_error(peers, index, transfer, time.perf_counter() - began, str(error)) from error
-
-
-def _peer_error(peers: Peers, index: int, transfer: Transfer, waited_s: float, cause: str) -> PeerError:
-    who = f"rank {peers.rank(index)} (group {peers.name})"
-    what = ", ".join(filter(None, (transfer.kind, str(transfer.label))))
-    if "timed out" in cause.lower():
-        return PeerError(
-            f"{who} did not answer for {waited_s:.1f} s in {what}: it is stalled or cut off. Check that its process "
-            "still runs and that its network is up; if it is merely slow, raise mesh.timeout_s."
-        )
-    return PeerError(
-        f"{who} is gone: the connection broke after {waited_s:.1f} s of waiting in {what}. Its process has probably "
-        f"ended; the first error in its output says why. ({cause.splitlines()[0] if cause else 'no cause given'})"
-    )
+    rank = peers.rank(index)
+    return failure.naming(f"rank {rank} (group {peers.name})", [rank], transfer)
 
 
 class GlooMailbox:
