@@ -170,4 +170,9 @@ def make_dispatcher(config: Config, groups: Groups) -> Dispatcher:
     if choice.kind == "hierarchical" and groups.ep_nodes and groups.ep_node:
         home = groups.ep_nodes_home or groups.ep_nodes, groups.ep_node_home or groups.ep_node
         return HierarchicalDispatcher(experts, groups.ep_nodes, groups.ep_node, wire, home)
+    if choice.kind == "deepep":
+        # Imported only when asked for.
+        from dstrain.dispatch import deepep
+
+        return deepep.connect(config, choice.wire, groups, ep)
     return AllToAllDispatcher(experts, ep, wire, groups.ep_home)
