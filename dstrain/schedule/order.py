@@ -63,8 +63,9 @@ class _Work:
     # What must stand before a forward or backward action, and what it must stand before.
     before: list[list[int]]
     after: list[list[int]]
-    # Parts of the model held at once.
-    most_held: int
+    in_flight: int
+    # Actions of a micro-batch: a third of them are forward, one for each part of the model.
+    size: int
 
     @staticmethod
     def of(blocks: int, micro_batches: int, in_flight: int, costs: Costs) -> "_Work":
@@ -86,8 +87,14 @@ class _Work:
             weights=[numbers[replace(a, work=Pass.WEIGHT)] if a.work is Pass.BACKWARD else -1 for a in actions],
             before=before,
             after=after,
-            most_held=in_flight * (3 * blocks + 1),
+            in_flight=min(in_flight, micro_batches),
+            size=len(actions) // micro_batches,
         )
+
+    @property
+    def most_held(self) -> int:
+        """Parts of the model held at once."""
+        return self.in_flight * self.size // 3
 
     def bound_ms(self) -> float:
         return max(sum(self.compute_ms), sum(filter(None, self.transfer_ms)))
@@ -155,26 +162,33 @@ def _play(work: _Work, order: list[int], most_pending: int = 1 << 30) -> tuple[f
 
 
 def _listed(work: _Work, random: Random) -> list[int]:
-    """The best of a few list schedules."""
-    chains_ms = work.chains_ms()
-    candidates = [_list(work, chains_ms)]
+    """The best of a few list schedules, some with fewer micro-batches in flight than allowed: more are not always
+    better for an order that looks no further than the next action."""
+    chains_ms, limits = work.chains_ms(), range(min(2, work.in_flight), work.in_flight + 1)
+    candidates = [_list(work, chains_ms, limit) for limit in limits]
     for _ in range(min(LISTED, PLAYED // len(chains_ms) // 20)):
         shake = random.choice((0.05, 0.2, 0.5))
-        candidates.append(_list(work, [chain_ms * (1 + shake * random.uniform(-1, 1)) for chain_ms in chains_ms]))
+        priorities = [chain_ms * (1 + shake * random.uniform(-1, 1)) for chain_ms in chains_ms]
+        candidates.append(_list(work, priorities, random.choice(limits)))
     return min(candidates, key=lambda order: _play(work, order)[0])
 
 
-def _list(work: _Work, priorities: list[float]) -> list[int]:
+def _list(work: _Work, priorities: list[float], in_flight: int) -> list[int]:
     missing = [len(needs) for needs in work.before]
     ready = [i for i in work.searched() if not missing[i]]
     input_ms = [0.0] * len(missing)
     now_ms = link_ms = 0.0
-    order = []
+    order: list[int] = []
+    live = 0
     while ready:
-        here = [i for i in ready if input_ms[i] <= now_ms]
-        i = max(here, key=priorities.__getitem__) if here else min(ready, key=input_ms.__getitem__)
+        # The first action of a micro-batch waits until it may be in flight.
+        allowed = [i for i in ready if live < in_flight or i % work.size]
+        here = [i for i in allowed if input_ms[i] <= now_ms]
+        i = max(here, key=priorities.__getitem__) if here else min(allowed, key=input_ms.__getitem__)
         ready.remove(i)
         order.append(i)
+        # The last two of a micro-batch are the end of its backward pass and a weight gradient.
+        live += (i % work.size == 0) - (i % work.size == work.size - 2)
         now_ms = max(now_ms, input_ms[i]) + work.compute_ms[i]
         link_ms = max(link_ms, now_ms) + (work.transfer_ms[i] or 0.0)
         for j in work.after[i]:
