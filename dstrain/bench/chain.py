@@ -38,16 +38,25 @@ class BlockingLane(Lane):
 
 
 class Replay:
-    """No transfer and no copies: what a step takes with compute alone."""
+    """No transfer: what a step takes with compute alone. The experts get as many rows as they do on average."""
+
+    def __init__(self, rows_per_token: int, experts: int):
+        self.rows_per_token, self.experts = rows_per_token, experts
 
     def dispatch(self, x_TD: Tensor, route: Route) -> Started[Arrived]:
-        no_grad_TK, counts_E = torch.zeros_like(route.weights_TK), torch.tensor([len(x_TD)])
-        way = Way("dispatch", lambda x, _: Landed((x,)), lambda grad: Landed((grad, no_grad_TK)))
-        return Started(way, lambda rows: Arrived(rows, counts_E, None), x_TD, route.weights_TK)
+        tokens, no_grad_TK = len(x_TD), torch.zeros_like(route.weights_TK)
+        counts_E = torch.full((self.experts,), tokens * self.rows_per_token // self.experts)
+        counts_E[0] += tokens * self.rows_per_token - counts_E.sum()
+        way = Way("dispatch", lambda x, _: self._spread(x), lambda grad: Landed((grad[:tokens], no_grad_TK)))
+        return Started(way, lambda rows: Arrived(rows, counts_E, tokens), x_TD, route.weights_TK)
 
-    def combine(self, rows_RD: Tensor, ticket: None) -> Started[Tensor]:
-        way = Way("combine", lambda rows: Landed((rows,)), lambda grad: Landed((grad,)))
+    def combine(self, rows_RD: Tensor, ticket: int) -> Started[Tensor]:
+        """`ticket` is the number of tokens."""
+        way = Way("combine", lambda rows: Landed((rows[:ticket],)), self._spread)
         return Started(way, lambda y: y, rows_RD)
+
+    def _spread(self, x_TD: Tensor) -> Landed:
+        return Landed((x_TD.repeat(self.rows_per_token, 1) if self.rows_per_token > 1 else x_TD,))
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,6 @@ class PointFigures:
     """One point with all its cases."""
 
     config: FabricRoot
-    forward_ms: float
     nominal_compute_ms: float
     # Compute alone, measured.
     compute_ms: float
@@ -98,19 +97,30 @@ def measure(config: FabricRoot, cases: Sequence[Case], left_out: dict[str, str],
     work = workload(config)
     flat_ms = theory.line_ms(theory.traffic(work, FLAT).busiest(*Way), config.rate_mbit)
     nominal_ms = flat_ms / config.flat_ratio if config.compute == "emulated" else 0.0
-    forward_ms = nominal_ms / (PASSES * work.blocks * work.micro_batches)
     fabric = Fabric(config.nodes, config.rate_mbit, config.burst_kib << 10, config.loopback_mbit)
     samples: dict[Case | None, _Samples] = {case: _Samples() for case in [None, *cases]}
-    tables = {case: tuple(_table(case, config, work, forward_ms)) for case in samples}
     with Testbed(fabric) as testbed, Launch(testbed, config.ranks_per_node, config.timeout_s) as launch:
-        launch.request(Prepare(work, forward_ms))
+        say("building")
+        forward_ms = _prepare(launch, config, work, nominal_ms)
+        tables = {case: tuple(_table(case, config, work, forward_ms)) for case in samples}
         for number in range(config.rounds):
             for case, kept in samples.items():
                 say(f"round {number + 1} of {config.rounds}: {case.name if case else 'compute alone'}")
                 _sample(testbed, launch, Run(case, tables[case], config.steps), kept)
-    compute_ms = median(_slowest(samples[None]))
+    compute_ms = median(_slowest(samples[None].steps))
     figures = [_figures(case, samples[case], config, compute_ms, work) for case in cases]
-    return PointFigures(config, forward_ms, nominal_ms, compute_ms, flat_ms, figures, left_out)
+    return PointFigures(config, nominal_ms, compute_ms, flat_ms, figures, left_out)
+
+
+def _prepare(launch: Launch, config: FabricRoot, work: Workload, nominal_ms: float) -> float:
+    """The forward pass of a block and micro-batch, as orders are planned for it: real compute is measured first."""
+    each = PASSES * work.blocks * work.micro_batches
+    if config.compute != "real":
+        launch.request(Prepare(work, nominal_ms / each))
+        return nominal_ms / each
+    launch.request(Prepare(work, None))
+    by_rank = launch.request(Run(None, tuple(sequential(work.blocks, work.micro_batches)), 2))
+    return min(_slowest(list(zip(*by_rank, strict=True)))) / each
 
 
 def workload(config: FabricRoot) -> Workload:
@@ -149,12 +159,13 @@ def _sample(testbed: Testbed, launch: Launch, request: Run, kept: _Samples) -> N
     kept.device_bytes.append(max(node.device for node in sent) / request.steps)
 
 
-def _slowest(samples: _Samples) -> list[float]:
-    return [max(rank.step_ms for rank in step) for step in samples.steps]
+def _slowest(steps: Sequence[Sequence[StepFigures]]) -> list[float]:
+    """By step, the time of the slowest rank."""
+    return [max(rank.step_ms for rank in step) for step in steps]
 
 
 def _figures(case: Case, samples: _Samples, config: FabricRoot, compute_ms: float, work: Workload) -> CaseFigures:
-    steps_ms = _slowest(samples)
+    steps_ms = _slowest(samples.steps)
     line_bytes = median(samples.line_bytes)
     wire_ms = line_bytes * 8 / config.rate_mbit / 1e3
     counts = config.burst_kib << 10 >= COUNTING_BURST_BYTES

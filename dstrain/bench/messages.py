@@ -13,7 +13,8 @@ class Prepare:
     """From now on, this model; what was built for the one before is dropped."""
 
     work: Workload
-    forward_ms: float
+    # Of the emulated compute of a block; None: real compute.
+    forward_ms: float | None
 
 
 @dataclass(frozen=True)

@@ -22,20 +22,18 @@ from dstrain.bench.chain import BlockingLane, Chain, Layer, Replay
 from dstrain.bench.emulate import Clock, Emulated
 from dstrain.bench.messages import Failure, Prepare, Run, StepFigures
 from dstrain.bench.peers.choose import PEERS
-from dstrain.bench.peers.contract import Spec
+from dstrain.bench.peers.contract import Compute, Spec
+from dstrain.bench.real import DTYPE, Real, model_config
 from dstrain.bench.workload import Workload
 from dstrain.comm.collectives import Peers
-from dstrain.dispatch.alltoall import AllToAllDispatcher
+from dstrain.config.schema import Config, DispatchConfig, MeshConfig
+from dstrain.dispatch.choose import make_dispatcher
 from dstrain.dispatch.contract import Dispatcher
-from dstrain.dispatch.hierarchical import HierarchicalDispatcher
-from dstrain.dispatch.rank import RankDispatcher
 from dstrain.dispatch.transport import Transport
-from dstrain.dispatch.wire import wire_format
 from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import Groups, Place, connect
 from dstrain.schedule.table import Table
 
-DTYPE = torch.bfloat16
 # Runs a step over the inputs of its micro-batches, in the order of a table.
 Step = Callable[[Table, list[Tensor]], object]
 
@@ -47,7 +45,8 @@ class _Bench:
     groups: Groups
     ep: Peers
     work: Workload
-    emulated: Emulated
+    clock: Clock
+    compute: Compute
     steps: dict[Case | None, Step] = field(default_factory=dict)
 
     def run(self, request: Run) -> list[StepFigures]:
@@ -57,7 +56,7 @@ class _Bench:
         return [self._measure(step, request.table) for _ in range(request.steps)]
 
     def _measure(self, step: Step, table: Table) -> StepFigures:
-        trace, clock, inputs = self.groups.trace, self.emulated.clock, self._inputs()
+        trace, clock, inputs = self.groups.trace, self.clock, self._inputs()
         dist.barrier(self.groups.background)
         trace.take()
         before = clock.slept_s, time.thread_time(), time.process_time(), time.perf_counter()
@@ -73,11 +72,15 @@ class _Bench:
         if case is not None and case.is_peer:
             work = self.work
             spec = Spec(work.hidden_size, work.num_experts, work.experts_per_token, work.tokens, routes)
-            peer = PEERS[case.kind].make(spec, self.ep.group, self.emulated)
+            peer = PEERS[case.kind].make(spec, self.ep.group, self.compute)
             return lambda _, inputs: peer.step(inputs)
-        dispatcher = Replay() if case is None else self._dispatcher(case)
-        chain = Chain([Layer(dispatcher, self.emulated, block) for block in range(self.work.blocks)], routes)
+        dispatcher = self._replay() if case is None else self._dispatcher(case)
+        chain = Chain([Layer(dispatcher, self.compute, block) for block in range(self.work.blocks)], routes)
         return lambda table, inputs: chain.step(table, inputs, self.groups.trace)
+
+    def _replay(self) -> Replay:
+        """Sleeps don't depend on rows: none are copied for them."""
+        return Replay(self.work.experts_per_token if isinstance(self.compute, Real) else 1, self.work.held)
 
     def _inputs(self) -> list[Tensor]:
         generator = torch.Generator().manual_seed(self.groups.place.rank)
@@ -86,18 +89,18 @@ class _Bench:
         return [x_TD.to(DTYPE).requires_grad_() for x_TD in drawn]
 
     def _dispatcher(self, case: Case) -> Dispatcher:
-        wire = wire_format(case.wire, DTYPE)
-        dispatcher: Transport
-        if case.kind == "hierarchical":
-            if self.groups.ep_nodes is None or self.groups.ep_node is None:
-                raise RuntimeError("the group does not span several nodes of several ranks")
-            dispatcher = HierarchicalDispatcher(self.work.num_experts, self.groups.ep_nodes, self.groups.ep_node, wire)
-        else:
-            kinds = {"alltoall": AllToAllDispatcher, "rank": RankDispatcher}
-            dispatcher = kinds[case.kind](self.work.num_experts, self.ep, wire)
-        if case.in_flight == 0:
+        """As training makes it."""
+        work, dispatch = self.work, DispatchConfig(kind=case.kind, wire=case.wire)
+        config = Config(mesh=MeshConfig(ep=work.ranks), model=model_config(work), dispatch=dispatch)
+        dispatcher = make_dispatcher(config, self.groups)
+        if case.in_flight == 0 and isinstance(dispatcher, Transport):
             dispatcher.lane = BlockingLane(self.groups.trace)
         return dispatcher
+
+
+def _compute(request: Prepare, clock: Clock) -> Compute:
+    work, forward_ms = request.work, request.forward_ms
+    return Real(work) if forward_ms is None else Emulated(clock, forward_ms, work.blocks)
 
 
 def serve(driver: Connection, timeout_s: float) -> None:
@@ -110,7 +113,7 @@ def serve(driver: Connection, timeout_s: float) -> None:
     driver.send(groups.topology)
     while (request := driver.recv()) is not None:
         if isinstance(request, Prepare):
-            bench = _Bench(groups, groups.ep, request.work, Emulated(clock, request.forward_ms, request.work.blocks))
+            bench = _Bench(groups, groups.ep, request.work, clock, _compute(request, clock))
             driver.send(None)
         elif bench is not None:
             driver.send(bench.run(request))

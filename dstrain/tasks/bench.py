@@ -35,7 +35,8 @@ def run(config: FabricRoot) -> None:
     for number, point in enumerate(todo := points(config), start=1):
         of = f"point {number} of {len(todo)}" if len(todo) > 1 else "bench"
         with console.status(of) as status:
-            figures = measure(point, kept, left_out, partial(_tell, status, of))
+            able, unable = _able(kept, point)
+            figures = measure(point, able, left_out | unable, partial(_tell, status, of))
         report.points.append(figures)
         show(figures, report.machine, console)
         report.save(folder)
@@ -45,6 +46,13 @@ def run(config: FabricRoot) -> None:
 
 def _tell(status: Status, of: str, what: str) -> None:
     status.update(f"{of}, {what}")
+
+
+def _able(cases: list[Case], point: FabricRoot) -> tuple[list[Case], dict[str, str]]:
+    """Cases that make sense at a point; why the others don't."""
+    unable = {case.name for case in cases if case.kind == "hierarchical" and point.ranks_per_node == 1}
+    reason = "with one rank on each node there is no hop inside a node, and rank does the same"
+    return [case for case in cases if case.name not in unable], dict.fromkeys(unable, reason)
 
 
 def _peers(cases: list[Case]) -> tuple[dict[str, Facts], dict[str, str]]:

@@ -1,0 +1,31 @@
+"""Cases as text."""
+
+import pytest
+
+from dstrain.bench.case import Case, parse
+from dstrain.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "case", "name"),
+    [
+        ("alltoall", Case("alltoall", "bfloat16", 2), "alltoall/bfloat16/2"),
+        ("rank/fp8", Case("rank", "fp8", 2), "rank/fp8/2"),
+        ("hierarchical/fp4/3", Case("hierarchical", "fp4", 3), "hierarchical/fp4/3"),
+        ("alltoall/bfloat16/block", Case("alltoall", "bfloat16", 0), "alltoall/bfloat16/block"),
+        ("megatron", Case("megatron"), "megatron"),
+    ],
+)
+def test_parse(text: str, case: Case, name: str):
+    assert parse(text) == case
+    assert parse(text).name == name
+    assert parse(name) == case
+
+
+@pytest.mark.parametrize(
+    "text", ["", "alltoal", "rank/fp16", "rank/fp8/0", "rank/fp8/-1", "rank/fp8/x", "rank/fp8/2/2", "megatron/fp8"]
+)
+def test_what_there_is_not(text: str):
+    with pytest.raises(ConfigError, match="there is no such case") as caught:
+        parse(text)
+    assert caught.value.field == "cases"

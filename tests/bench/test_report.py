@@ -1,0 +1,104 @@
+"""Figures as JSON, as a table and as a picture."""
+
+import io
+import json
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+
+from dstrain.bench import picture
+from dstrain.bench.fabric import CaseFigures, PointFigures
+from dstrain.bench.report import Machine, Report, show, speedups
+from dstrain.config.bench import FabricRoot
+
+SVG = "{http://www.w3.org/2000/svg}"
+# No letter of the pictures' font is wider on average.
+LETTER_PIXELS = 7.5
+
+
+def case(name: str, step_ms: float, wire_ms: float) -> CaseFigures:
+    return CaseFigures(
+        name=name,
+        step_ms=step_ms,
+        fastest_ms=step_ms - 10,
+        slowest_ms=step_ms + 10,
+        wire_ms=wire_ms,
+        bound_ms=max(1053.0, wire_ms),
+        exposed_ms=50.0,
+        host_ms=20.0,
+        main_cpu_ms=30.0,
+        cpu_ms=300.0,
+        line_bytes=wire_ms * 25e3,
+        sent_bytes=wire_ms * 24e3,
+        theory_bytes=None if name == "megatron" else round(wire_ms * 24e3 / 1.001),
+    )
+
+
+@pytest.fixture
+def point() -> PointFigures:
+    cases = [
+        case("megatron", 3592.0, 2115.0),
+        case("alltoall/bfloat16/block", 3174.0, 2115.0),
+        case("hierarchical/bfloat16/2", 1170.0, 711.0),
+    ]
+    return PointFigures(FabricRoot(), 1053.0, 1060.0, 2106.0, cases, {"torchtitan": "it is not installed"})
+
+
+@pytest.fixture
+def report(point: PointFigures) -> Report:
+    busy = replace(point, config=replace(point.config, route_nodes=1, loopback_mbit=640.0), compute_ms=1200.0)
+    return Report(Machine("A processor", 2, "6.18", "2.13", 0.5), {}, points=[point, busy])
+
+
+def shown(report: Report, number: int) -> str:
+    written = io.StringIO()
+    show(report.points[number], report.machine, Console(file=written, width=160))
+    return written.getvalue()
+
+
+def test_speedups_against_the_own_baseline_and_peers(point: PointFigures):
+    assert speedups(point.cases[2], point) == {
+        "megatron": pytest.approx(3.07, abs=0.01),
+        "alltoall/bfloat16/block": pytest.approx(2.713, abs=0.001),
+    }
+    assert set(speedups(point.cases[0], point)) == {"alltoall/bfloat16/block"}
+
+
+def test_json_holds_figures_and_what_follows_from_them(report: Report, tmp_path):
+    report.save(tmp_path / "new" / "folder")
+    content = json.loads((tmp_path / "new" / "folder" / "result.json").read_text())
+    assert content["machine"]["cores"] == 2
+    assert [found["is_void"] for found in content["points"]] == [False, True]
+    found = content["points"][0]["cases"][2]
+    assert found["over_bound"] == pytest.approx(1170 / 1053)
+    assert found["over_theory"] == pytest.approx(1.001, abs=1e-4)
+    assert found["times_as_fast_as"]["megatron"] > 3
+
+
+def test_the_table_says_what_was_measured_and_what_was_not(report: Report):
+    text = shown(report, 0)
+    assert "2 nodes x 2 ranks, 200 Mbit" in text
+    assert "emulated compute 1053 ms (measured 1060 ms)" in text
+    assert "A processor, 2 cores, load 0.5" in text
+    assert "torchtitan is left out: it is not installed" in text
+    assert "3.07" in text
+    assert "void" not in text
+
+
+def test_a_busy_machine_makes_figures_void(report: Report):
+    assert "compute alone took 14.0 % longer than it should" in shown(report, 1)
+
+
+def test_the_picture_shows_every_case_inside_its_frame(report: Report):
+    root = ElementTree.fromstring(picture.draw(report))
+    texts = [(text.text, float(text.get("x")), text.get("text-anchor")) for text in root.iter(f"{SVG}text")]
+    assert [text for text, _, _ in texts].count("hierarchical/bfloat16/2") == 2
+    for text, x, anchor in texts:
+        width = len(text) * LETTER_PIXELS
+        assert x - width * (anchor == "end") > 0
+        assert x + width * (anchor == "start") < picture.WIDTH
+    bars = [(float(bar.get("x")), float(bar.get("width"))) for bar in root.iter(f"{SVG}rect") if bar.get("x")]
+    assert max(x + width for x, width in bars) <= picture.MARGIN + picture.LABELS + picture.SCALE + 0.1
+    assert min(width for _, width in bars) >= 0
