@@ -48,7 +48,7 @@ BROKEN = [
     ("mesh.pp", {"mesh__pp": 0}, "at least 1", ""),
     ("mesh.dp", {"mesh__dp": 0}, "at least 1", ""),
     ("mesh.ep", {"mesh__ep": 3}, "must divide model.num_experts=16", "1, 2, 4, 8, 16"),
-    ("dispatch.kind", {"dispatch__kind": "deepep"}, "no such choice", "auto, local, alltoall"),
+    ("dispatch.kind", {"dispatch__kind": "pigeon"}, "no such choice", "auto, local, alltoall"),
     ("dispatch.kind", {"dispatch__kind": "local", "mesh__ep": 2}, "other ranks", "alltoall"),
     ("model.hidden_size", {"model__hidden_size": 0}, "at least 1", ""),
     ("model.vocab_size", {"model__vocab_size": 0}, "at least 1", ""),
