@@ -27,6 +27,8 @@ from dstrain.errors import ConfigError
 from dstrain.plan.traffic import ROW_ALIGNMENT, row_bytes
 
 NAMES = ("float32", "bfloat16", "fp8", "fp4")
+# Values decoded at a time; on a CPU a block stays in the cache, too.
+WIDE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
 class WireFormat(Protocol):
@@ -86,7 +88,22 @@ class Plain:
         return bytes_RB[:, : hidden * self.dtype.itemsize].view(self.dtype).to(dtype)
 
 
-class Fp8:
+class _Quantised:
+    """Decoding in blocks of rows: where a rank gets the tokens of all ranks, FP32 copies of all would be large."""
+
+    def decode(self, bytes_RB: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
+        rows_RD = bytes_RB.new_empty((len(bytes_RB), hidden), dtype=dtype)
+        block = max(1, WIDE_ELEMENTS[bytes_RB.device.type] // hidden)
+        for part_RB, part_RD in zip(bytes_RB.split(block), rows_RD.split(block), strict=True):
+            part_RD.copy_(self._values(part_RB, hidden))
+        return rows_RD
+
+    def _values(self, bytes_RB: Tensor, hidden: int) -> Tensor:
+        """FP32."""
+        raise NotImplementedError
+
+
+class Fp8(_Quantised):
     """E4M3 with a scale per 128 values: 1 + 1/128 bytes a value."""
 
     name = "fp8"
@@ -105,13 +122,13 @@ class Fp8:
         out[:, hidden:used] = scale8_RS
         return out
 
-    def decode(self, bytes_RB: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
+    def _values(self, bytes_RB: Tensor, hidden: int) -> Tensor:
         tiles = -(-hidden // self.tile)
         values_RD = _e4m3_values(bytes_RB[:, :hidden])
-        return _unscaled(values_RD, bytes_RB[:, hidden : hidden + tiles], self.tile, dtype)
+        return _unscaled(values_RD, bytes_RB[:, hidden : hidden + tiles], self.tile)
 
 
-class Fp4:
+class Fp4(_Quantised):
     """E2M1 with a scale per 32 values, whole tiles only: 17/32 bytes a value; of two, the first is the low half."""
 
     name = "fp4"
@@ -131,12 +148,12 @@ class Fp4:
         out[:, values:used] = scale8_RS
         return out
 
-    def decode(self, bytes_RB: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
+    def _values(self, bytes_RB: Tensor, hidden: int) -> Tensor:
         tiles = -(-hidden // self.tile)
         values = tiles * self.tile // 2
         pairs = bytes_RB[:, :values].reshape(-1).int()
         values_RD = _e2m1_pairs(bytes_RB.device).index_select(0, pairs).view(torch.float32).view(-1, 2 * values)
-        return _unscaled(values_RD, bytes_RB[:, values : values + tiles], self.tile, dtype)[:, :hidden]
+        return _unscaled(values_RD, bytes_RB[:, values : values + tiles], self.tile)[:, :hidden]
 
 
 def _bytes(wire: WireFormat, rows_RD: Tensor, out: Tensor | None, used: int) -> Tensor:
@@ -174,15 +191,15 @@ def _scale_exponents(largest_RS: Tensor, largest: float) -> Tensor:
     return (exponent_RS - shift).clamp_(min=1).masked_fill_(exponent_RS == 255, 255)
 
 
-def _unscaled(values_RD: Tensor, scale8_RS: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
-    """FP32 values, overwritten, times their scales."""
+def _unscaled(values_RD: Tensor, scale8_RS: Tensor, tile: int) -> Tensor:
+    """FP32 values, in place, times their scales."""
     scale_RS = scale8_RS.view(torch.float8_e8m0fnu).float()
     hidden = values_RD.shape[1]
     whole = hidden // tile
     values_RD[:, : whole * tile].unflatten(1, (whole, tile)).mul_(scale_RS[:, :whole, None])
     if whole * tile < hidden:
         values_RD[:, whole * tile :].mul_(scale_RS[:, whole:])
-    return values_RD.to(dtype)
+    return values_RD
 
 
 def _e4m3_values(bytes_RD: Tensor) -> Tensor:

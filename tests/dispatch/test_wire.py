@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dstrain.dispatch.wire import NAMES, wire_format
+from dstrain.dispatch.wire import NAMES, WIDE_ELEMENTS, wire_format
 from dstrain.errors import ConfigError
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -160,6 +160,14 @@ def test_rows_inside_wider_messages(name, hidden):
     assert (message[:, :16] == 7).all()
     assert (message[:, 16 + size :] == 7).all()
     assert torch.equal(wire.decode(inside, hidden, torch.float32), wire.decode(inside.clone(), hidden, torch.float32))
+
+
+@QUANTISED
+def test_blocks_decode_what_the_whole_does(name, monkeypatch):
+    wire, rows_RD = wire_format(name, torch.bfloat16), some_rows(7, 200, torch.bfloat16)
+    whole_RD = wire.decode(wire.encode(rows_RD), 200, torch.bfloat16)
+    monkeypatch.setitem(WIDE_ELEMENTS, "cpu", 400)
+    assert torch.equal(wire.decode(wire.encode(rows_RD), 200, torch.bfloat16), whole_RD)
 
 
 @pytest.mark.parametrize("name", NAMES)
