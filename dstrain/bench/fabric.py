@@ -43,9 +43,12 @@ class CaseFigures:
     wire_ms: float
     # No order is faster than its compute alone, or than its bytes on the line.
     bound_ms: float
-    # Means over ranks: waiting for the network; what else the main thread did besides compute; processor time.
+    # What the step takes longer than compute alone.
     exposed_ms: float
-    host_ms: float
+    # Means over ranks: waiting for the network, and what else the main thread did besides compute (None for peers,
+    # whose waiting can't be told from work); processor time of the main thread and of all.
+    waited_ms: float | None
+    host_ms: float | None
     main_cpu_ms: float
     cpu_ms: float
     # Of the busiest card with all headers; what it sent without them, None where its bucket is too small to count that;
@@ -57,6 +60,10 @@ class CaseFigures:
     @property
     def over_bound(self) -> float:
         return self.step_ms / self.bound_ms
+
+    @property
+    def exposed_share(self) -> float:
+        return self.exposed_ms / self.step_ms
 
     @property
     def over_theory(self) -> float | None:
@@ -175,13 +182,14 @@ def _figures(case: Case, samples: _Samples, config: FabricRoot, compute_ms: floa
 
     return CaseFigures(
         name=case.name,
-        step_ms=median(steps_ms),
+        step_ms=(step_ms := median(steps_ms)),
         fastest_ms=min(steps_ms),
         slowest_ms=max(steps_ms),
         wire_ms=wire_ms,
         bound_ms=max(compute_ms, wire_ms),
-        exposed_ms=typical("exposed_ms"),
-        host_ms=typical("host_ms"),
+        exposed_ms=step_ms - compute_ms,
+        waited_ms=None if case.is_peer else typical("waited_ms"),
+        host_ms=None if case.is_peer or config.compute == "real" else typical("host_ms"),
         main_cpu_ms=typical("main_cpu_ms"),
         cpu_ms=typical("cpu_ms"),
         line_bytes=line_bytes,

@@ -40,7 +40,7 @@ class StepFigures:
     step_ms: float
     # Of the main thread: sleeping for the accelerator, and waiting for the network.
     compute_ms: float
-    exposed_ms: float
+    waited_ms: float
     # Time in which something travelled, as this rank knows.
     busy_ms: float
     # Processor time of the main thread, and of all threads.
@@ -51,4 +51,4 @@ class StepFigures:
     @property
     def host_ms(self) -> float:
         """What the main thread did besides: bookkeeping of graph and transfers, and whatever is packed there."""
-        return self.step_ms - self.compute_ms - self.exposed_ms
+        return self.step_ms - self.compute_ms - self.waited_ms

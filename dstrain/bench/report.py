@@ -50,12 +50,22 @@ class Report:
             point["is_void"] = figures.is_void
             for case, own in zip(point["cases"], figures.cases, strict=True):
                 case |= {"over_bound": own.over_bound, "over_theory": own.over_theory}
+                case["exposed_share"] = own.exposed_share
                 case["times_as_fast_as"] = speedups(own, figures)
         return json.dumps(content, indent=2) + "\n"
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.json").write_text(self.as_json())
+
+
+def about_peers(report: Report) -> list[str]:
+    """What ran, and what of it did not, by peer."""
+    lines = []
+    for facts in report.peers.values():
+        versions = ", ".join(f"{package} {version}" for package, version in facts.versions.items())
+        lines.append(f"{facts.name} ({versions}): {'; '.join(facts.limits)}.")
+    return lines
 
 
 def speedups(case: CaseFigures, point: PointFigures) -> dict[str, float]:
@@ -98,6 +108,8 @@ def show(point: PointFigures, machine: Machine, console: Console) -> None:
     load = f"{machine.processor}, {machine.cores} cores, load {machine.load:.1f} at the start"
     console.print(f"{about_compute(point)}; {load}", highlight=False)
     console.print(_table(point))
+    if len(point.cases) > 1 and any(speedups(case, point) for case in point.cases):
+        console.print("", _speedup_table(point), sep="\n")
     for name, reason in point.left_out.items():
         console.print(f"{name} is left out: {reason}", markup=False, highlight=False)
     if point.is_void:
@@ -107,30 +119,46 @@ def show(point: PointFigures, machine: Machine, console: Console) -> None:
 
 
 def _table(point: PointFigures) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("case", no_wrap=True)
-    rivals = [case.name for case in point.cases if case.name in (BASELINE, *PEERS)]
-    faster = [f"x {name.removesuffix('/bfloat16/block')}" for name in rivals]
-    figures = ("step ms", "from", "to", "wire ms", "step/bound", "exposed ms", "host ms", "cpu ms", "MB", "/theory")
-    for name in (*figures, *faster):
-        table.add_column(name, justify="right", no_wrap=True)
-    for case in point.cases:
-        ratios = speedups(case, point)
-        table.add_row(case.name, *_cells(case), *(_number(ratios.get(name), 2) for name in rivals))
-    return table
+    heads = ["case", "step ms", "range", "wire ms", "step/bound", "exposed ms", "%", "waited ms", "host ms", "cpu ms"]
+    rows = [_cells(case) for case in point.cases]
+    return _aligned([*heads, "MB", "of theory"], rows)
 
 
 def _cells(case: CaseFigures) -> list[str]:
-    times = (case.step_ms, case.fastest_ms, case.slowest_ms, case.wire_ms)
-    rest = (case.exposed_ms, case.host_ms, case.cpu_ms)
     sent = case.line_bytes if case.sent_bytes is None else case.sent_bytes
     return [
-        *(f"{value:.0f}" for value in times),
+        case.name,
+        f"{case.step_ms:.0f}",
+        f"{case.fastest_ms:.0f}-{case.slowest_ms:.0f}",
+        f"{case.wire_ms:.0f}",
         f"{case.over_bound:.3f}",
-        *(f"{value:.0f}" for value in rest),
+        f"{case.exposed_ms:.0f}",
+        f"{case.exposed_share * 100:.1f}",
+        _number(case.waited_ms, 0),
+        _number(case.host_ms, 0),
+        f"{case.cpu_ms:.0f}",
         f"{sent / 1e6:.2f}",
         _number(case.over_theory, 4),
     ]
+
+
+def _speedup_table(point: PointFigures) -> Table:
+    rivals = [case.name for case in point.cases if case.name in (BASELINE, *PEERS)]
+    rows = []
+    for case in point.cases:
+        ratios = speedups(case, point)
+        rows.append([case.name, *(_number(ratios.get(name), 2) for name in rivals)])
+    return _aligned(["times as fast as", *rivals], rows)
+
+
+def _aligned(heads: list[str], rows: list[list[str]]) -> Table:
+    """Names to the left, figures to the right."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -13,12 +13,12 @@ from dstrain.bench.case import Case, parse
 from dstrain.bench.fabric import measure
 from dstrain.bench.peers.choose import PEERS
 from dstrain.bench.peers.contract import Facts
-from dstrain.bench.report import Machine, Report, show
+from dstrain.bench.report import Machine, Report, about_peers, show
 from dstrain.bench.testbed import require_root
 from dstrain.config.bench import FabricRoot, points
 from dstrain.errors import ConfigError, UserError
 
-PIPE_WIDTH = 160
+PIPE_WIDTH = 150
 
 
 def run(config: FabricRoot) -> None:
@@ -41,6 +41,8 @@ def run(config: FabricRoot) -> None:
         show(figures, report.machine, console)
         report.save(folder)
         (folder / "picture.svg").write_text(picture.draw(report))
+    for line in about_peers(report):
+        console.print(line, markup=False, highlight=False)
     console.print(f"\n{folder / 'result.json'}, {folder / 'picture.svg'}", highlight=False)
 
 
