@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from importlib import import_module, metadata
 from typing import Any
 
-from dstrain.errors import SharedError, UserError
+from dstrain.errors import PeerError, SharedError, UserError
 
 # Command: the module in dstrain.tasks, and what it does.
 COMMANDS = {
@@ -51,6 +51,12 @@ def main() -> None:
     """Runs the command line; never returns a value, a failure leaves through SystemExit."""
     try:
         dispatch(sys.argv[1:])
+    except PeerError as error:
+        print(f"dstrain: {error}", file=sys.stderr)
+        # Threads and process groups that still wait for the lost rank would hold up an orderly end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
     except UserError as error:
         if not isinstance(error, SharedError) or os.environ.get("RANK", "0") == "0":
             print(f"dstrain: {error}", file=sys.stderr)

@@ -5,6 +5,8 @@ suspects into the store of the launch. Whoever is suspected and has nothing to s
 """
 
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -12,7 +14,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from dstrain.comm.trace import Transfer
+from dstrain.comm.trace import Trace, Transfer
 from dstrain.errors import PeerError
 
 # How long a rank listens to the others before it leaves; they may notice a little later.
@@ -35,16 +37,34 @@ def naming(who: str, suspects: Sequence[int], transfer: Transfer) -> Iterator[No
         raise broken(who, suspects, what, time.perf_counter() - began, str(error)) from error
 
 
-def broken(who: str, suspects: Sequence[int], what: str, waited_s: float, cause: str) -> PeerError:
+@contextmanager
+def blaming(rank: int, world: int, trace: Trace) -> Iterator[None]:
+    """Around a run: a broken transfer, whoever made it, ends with a PeerError that says who was first to go."""
+    try:
+        yield
+    except PeerError as error:
+        raise explain(error, rank) from error
+    except RuntimeError as error:
+        # DeepSpeed's collectives, a checkpoint's, or those of agreement.
+        if not is_of_transport(error):
+            raise
+        others = [other for other in range(world) if other != rank]
+        what = ", ".join(filter(None, ("a collective", str(trace.label))))
+        raise explain(broken(f"one of {names(others)}", others, what, None, str(error)), rank) from error
+
+
+def broken(who: str, suspects: Sequence[int], what: str, waited_s: float | None, cause: str) -> PeerError:
+    waited = "" if waited_s is None else f" after {waited_s:.1f} s of waiting"
     if "timed out" in cause.lower() or "timeout" in cause.lower():
         return PeerError(
-            f"{who} did not answer for {waited_s:.1f} s in {what}: it is stalled or cut off. Check that its process "
-            "still runs and that its network is up; if it is merely slow, raise mesh.timeout_s.",
+            f"{who} did not answer in {what}{waited}: it is stalled or cut off. Check that its process still runs and "
+            "that its network is up; if it is merely slow, raise mesh.timeout_s.",
             suspects,
         )
+    reason = cause.splitlines()[0].partition(". ")[0] if cause else "no cause given"
     return PeerError(
-        f"{who} is gone: the connection broke after {waited_s:.1f} s of waiting in {what}. Its process has probably "
-        f"ended; the first error in its output says why. ({cause.splitlines()[0] if cause else 'no cause given'})",
+        f"{who} is gone: the connection broke in {what}{waited}. Its process has probably ended; the first error in "
+        f"its output says why. ({reason})",
         suspects,
     )
 
@@ -54,8 +74,13 @@ def is_of_transport(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo/" in str(error) or "NCCL" in str(error)
 
 
-def explain(error: PeerError, rank: int, grace_s: float = GRACE_S) -> PeerError:
-    """Tells the others, listens for `grace_s` seconds, and adds who was first to go if that is somebody else."""
+def explain(error: PeerError, rank: int) -> PeerError:
+    """Tells the others, listens to them for some seconds, and adds who was first to go if that is somebody else."""
+    # torchrun ends all ranks as soon as one has left; what this one knows is still to be said.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # The store is rank 0's, unless torchrun keeps it: it leaves last.
+    keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    grace_s = 2 * GRACE_S if keeps_store else GRACE_S
     said: dict[int, list[int]] = {}
     listener = threading.Thread(target=_listen, args=(rank, error, said, grace_s), daemon=True)
     listener.start()

@@ -7,7 +7,7 @@ Whatever can go wrong through no fault of the program raises the same UserError 
 
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dstrain.checkpoint.save import Checkpointer
 from dstrain.comm.agreement import on_first, together
+from dstrain.comm.failure import blaming
 from dstrain.config import load
 from dstrain.config.schema import Config
 from dstrain.data.loader import Loader
@@ -27,7 +28,7 @@ from dstrain.dispatch.choose import Choice, choose
 from dstrain.engine.choose import make_engine
 from dstrain.engine.loop import StepReport, Trainer, rest_of_run
 from dstrain.engine.state import Progress
-from dstrain.errors import SharedError, UserError
+from dstrain.errors import PeerError, SharedError, UserError
 from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import Groups, Place, connect, disconnect
 from dstrain.metrics.console import Console
@@ -50,12 +51,23 @@ def run(config: Config) -> None:
     place = Place.from_environment()
     groups = connect(Mesh(config.mesh.pp, config.mesh.dp or 1, config.mesh.ep), place, config.mesh.timeout_s)
     with ExitStack() as stack:
-        stack.callback(disconnect)
-        run_dir = on_first(lambda: config.run.dir or load.default_run_dir(datetime.now()), groups.background)
-        directory = RunDirectory(run_dir)
-        on_first(lambda: claim(directory, config), groups.background)
-        stack.callback(directory.unlock)
-        _train(config, groups, directory, stack)
+        stack.push(unless_broken(disconnect))
+        with blaming(place.rank, place.world, groups.trace):
+            run_dir = on_first(lambda: config.run.dir or load.default_run_dir(datetime.now()), groups.background)
+            directory = RunDirectory(run_dir)
+            on_first(lambda: claim(directory, config), groups.background)
+            stack.callback(directory.unlock)
+            _train(config, groups, directory, stack)
+
+
+def unless_broken(leave: Callable[[], None]) -> Callable[..., None]:
+    """For an ExitStack: what needs the other ranks is left undone where one of them is lost."""
+
+    def exit_(kind: type[BaseException] | None, error: BaseException | None, where: Any) -> None:
+        if not isinstance(error, PeerError):
+            leave()
+
+    return exit_
 
 
 def claim(directory: RunDirectory, config: Config) -> None:
@@ -83,7 +95,7 @@ def _train(config: Config, groups: Groups, directory: RunDirectory, stack: ExitS
         keep_every_steps=config.checkpoint.keep_every_steps,
         group=group,
     )
-    stack.callback(checkpoints.finish)
+    stack.push(unless_broken(checkpoints.finish))
     restore(trainer, checkpoints, config)
     console = Console(config.train.steps, trainer.progress.step, config.metrics.console_every_steps)
     on_first(lambda: describe(config, directory, groups.place.world), group)

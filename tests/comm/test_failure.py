@@ -64,16 +64,21 @@ def chain(rank: int, world: int, how: int) -> str | None:
                 with trace.at(step=7):
                     all_reduce_sum(torch.ones(4), peers)
             except PeerError as error:
-                message = str(explain(error, rank, 3.0))
+                message = str(explain(error, rank))
     dist.destroy_process_group()
     return message
 
 
-@pytest.mark.parametrize(("how", "sign"), [(signal.SIGKILL, "is gone"), (signal.SIGSTOP, "did not answer for 2.")])
+@pytest.mark.parametrize(
+    ("how", "sign"),
+    [
+        (signal.SIGKILL, "is gone: the connection broke in reduce, step 7 after"),
+        (signal.SIGSTOP, "did not answer in reduce, step 7 after 2."),
+    ],
+)
 def test_ranks_that_fail_through_others_name_the_first(how: int, sign: str):
     first, second, third, _ = spawn(chain, 4, int(how), victims=[3])
     assert third.startswith(f"rank 2: rank 3 (group pair) {sign}")
-    assert "in reduce, step 7" in third
     assert "The first to fail was" not in third
     for message in (first, second):
         assert message.endswith("The first to fail was rank 3: others waited for it, and it has not said a word.")
@@ -95,5 +100,4 @@ def reduce_without(rank: int, world: int) -> str:
 
 def test_a_sum_names_the_rank_that_is_missing():
     message, _ = spawn(reduce_without, 2, victims=[1])
-    assert message.startswith("rank 1 (group data) is gone: the connection broke after")
-    assert "in grad, step 3." in message
+    assert message.startswith("rank 1 (group data) is gone: the connection broke in grad, step 3 after")

@@ -208,6 +208,6 @@ def test_a_lost_peer_is_named(mode: str):
         assert message.startswith("rank 1 (group ep)")
         assert "in dispatch, layer 3, micro-batch 5, forward" in message
         assert ("is gone" in message) == (mode == "dies")
-        assert ("did not answer for 2." in message and "mesh.timeout_s" in message) == (mode == "stalls")
+        assert ("did not answer" in message and " after 2." in message) == (mode == "stalls")
         assert "RuntimeError" in cause
         assert took_s < 20
