@@ -7,11 +7,16 @@ few passes over the pairs, however many experts there are.
 Shapes: R rows, N pairs, E experts, D hidden, T tokens, K experts per token.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# FP32 copies of rows are made of so many elements at a time: where a rank gets the tokens of all ranks, they would be
+# the largest thing of a step. On a CPU a block stays in the cache, too.
+WIDE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
@@ -107,10 +112,23 @@ class Expansion:
 
     def reduce(self, rows_ND: Tensor) -> Tensor:
         """The weighted sum over each row's experts, [R, D]."""
-        return self.bags.sum(rows_ND, self.pair_weight_N).to(rows_ND.dtype)
+        summed_RD = rows_ND.new_empty(len(self.bags.start_R), rows_ND.shape[1])
+        # By columns: every sum is over all of them, in one go, where it would need the counts of a block of rows.
+        for columns in _blocks(rows_ND.shape[1], len(rows_ND), rows_ND.device):
+            summed_RD[:, columns] = self.bags.sum(rows_ND[:, columns].contiguous(), self.pair_weight_N)
+        return summed_RD
 
     def reduce_back(self, grad_RD: Tensor, rows_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of `reduce`: of the rows, [N, D], and of the weights in the order of pairs, FP32 [N]."""
-        grad_ND = self.expand(grad_RD).float()
-        weight_grad_N = torch.linalg.vecdot(grad_ND, rows_ND.float())
-        return grad_ND.mul_(self.weight_N[:, None]).to(rows_ND.dtype), weight_grad_N[self.bags.order_N]
+        grad_ND, weight_grad_N = torch.empty_like(rows_ND), torch.empty_like(self.weight_N)
+        for block in _blocks(len(rows_ND), rows_ND.shape[1], rows_ND.device):
+            wide_ND = grad_RD.index_select(0, self.row_N[block]).float()
+            weight_grad_N[block] = rows_ND[block].to(torch.float32, copy=True).mul_(wide_ND).sum(1)
+            grad_ND[block] = wide_ND.mul_(self.weight_N[block, None])
+        return grad_ND, weight_grad_N[self.bags.order_N]
+
+
+def _blocks(length: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Parts of `length` lines of `width` elements, no more than WIDE_ELEMENTS each."""
+    size = max(1, WIDE_ELEMENTS[device.type] // max(1, width))
+    yield from (slice(begin, begin + size) for begin in range(0, length, size))

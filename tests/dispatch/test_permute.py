@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dstrain.dispatch.permute import Bags, Expansion, Pairs, count, invert, sort, starts
+from dstrain.dispatch.permute import WIDE_ELEMENTS, Bags, Expansion, Pairs, count, invert, sort, starts
 
 EXPERTS_TK = torch.tensor([[2, 0], [1, 2], [0, 3], [2, 1], [0, 2]])
 
@@ -71,6 +71,15 @@ def test_reduce_and_its_gradients():
     rows_grad_RD, weight_grad_N = expanded.reduce_back(grad_TD, rows_RD.detach())
     torch.testing.assert_close(rows_grad_RD, grads[0])
     torch.testing.assert_close(weight_grad_N.view(5, 2), grads[1])
+
+
+def test_blocks_compute_what_the_whole_does(monkeypatch: pytest.MonkeyPatch):
+    rows_RD, grad_TD = wide(10, 8).detach().bfloat16(), wide(5, 8).detach().bfloat16()
+    expanded = expansion(wide(5, 2))
+    expected = (expanded.reduce(rows_RD), *expanded.reduce_back(grad_TD, rows_RD))
+    monkeypatch.setitem(WIDE_ELEMENTS, "cpu", 24)
+    found = (expanded.reduce(rows_RD), *expanded.reduce_back(grad_TD, rows_RD))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("experts_per_token", [1, 3])
