@@ -269,18 +269,28 @@ def connect(peers: Peers, homebound: Peers, pool: Pool) -> tuple[Mailbox, Mailbo
 
 
 class NcclMailbox:
-    """All-to-all over an NCCL group of its own: two threads must not use one communicator at a time."""
+    """All-to-all over a group of its own: two threads must not use one communicator at a time."""
 
     def __init__(self, peers: Peers):
-        self.peers = peers
+        self.peers, device = peers, peers.trace.device
+        self.others = [peers.rank(index) for index in range(peers.size) if index != peers.index]
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def open(self, transfer: Transfer, sizes: Sequence[int] | None = None) -> Exchange:
-        return _NcclExchange(self.peers, transfer, sizes)
+        return _NcclExchange(self, transfer, sizes)
+
+    def finish(self, work: dist.Work, transfer: Transfer) -> None:
+        """Blocks this thread, not the stream that it issues into: there, the next exchange can be packed meanwhile."""
+        with failure.naming(f"a rank of group {self.peers.name}", self.others, transfer):
+            with torch.cuda.stream(self.stream):
+                work.wait()
+            if self.stream is not None:
+                self.stream.synchronize()
 
 
 class _NcclExchange:
-    def __init__(self, peers: Peers, transfer: Transfer, sizes: Sequence[int] | None):
-        self.peers, self.transfer = peers, transfer
+    def __init__(self, box: NcclMailbox, transfer: Transfer, sizes: Sequence[int] | None):
+        self.box, self.peers, self.transfer = box, box.peers, transfer
         self.in_sizes = None if sizes is None else [align(size) for size in sizes]
         self.out_sizes: list[int] = []
 
@@ -296,7 +306,7 @@ class _NcclExchange:
 
     def send(self) -> None:
         if self.in_sizes is None:
-            self.counting.wait()
+            self.box.finish(self.counting, self.transfer)
             self.in_sizes = self.counts.tolist()
         self.incoming = self.message.new_empty(sum(self.in_sizes))
         self.work = dist.all_to_all_single(
@@ -306,11 +316,7 @@ class _NcclExchange:
             self.peers.trace.sent(self.transfer, self.peers.link(index), size)
 
     def wait(self) -> list[Tensor]:
-        """Blocks this thread, not the lane's stream: the next exchange can be packed meanwhile."""
-        with naming(self.peers, self.peers.index, self.transfer), torch.cuda.stream(torch.cuda.Stream()) as stream:
-            self.work.wait()
-            torch.cuda.current_stream().synchronize()
-        del stream
+        self.box.finish(self.work, self.transfer)
         return list(self.incoming.split(self.in_sizes or []))
 
     def close(self) -> None:

@@ -125,16 +125,17 @@ class FirstOut(_Crossing):
         self.legs.append(leg)
         shape = self.hop.experts, self.width
         sizes = [first_bytes(r, n, *shape) for r, n in zip(leg.sent_rows, leg.sent_pairs, strict=True)]
+        counts_P2 = torch.tensor([*zip(leg.sent_rows, leg.sent_pairs, strict=True)], dtype=torch.int32)
         parts = zip(
             self.exchange.outgoing(sizes),
+            counts_P2.to(rows_SB.device),
             leg.row_R.split(leg.sent_rows),
             masks_RM.split(leg.sent_rows),
             weight_N.split(leg.sent_pairs),
             strict=True,
         )
-        for message, row_R, masks, weights in parts:
-            counts = torch.tensor([len(row_R), len(weights)], dtype=torch.int32)
-            _fill(message, [counts, weights, masks.flatten()])
+        for message, counts_2, row_R, masks, weights in parts:
+            _fill(message, [counts_2, weights, masks])
             _gather(rows_SB, row_R, message[len(message) - len(row_R) * self.width :])
         self.exchange.send()
 
@@ -228,11 +229,8 @@ class Home(_Crossing):
 
 def _fill(message: Tensor, parts: Sequence[Tensor]) -> None:
     """Writes the bytes of the parts one after the other."""
-    at = 0
-    for part in parts:
-        num_bytes = part.numel() * part.element_size()
-        message[at : at + num_bytes].view(part.dtype).copy_(part)
-        at += num_bytes
+    num_bytes = sum(part.numel() * part.element_size() for part in parts)
+    torch.cat([part.reshape(-1).view(torch.uint8) for part in parts], out=message[:num_bytes])
 
 
 def _gather(rows_SB: Tensor, row_R: Tensor, out: Tensor) -> None:

@@ -10,10 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dstrain.comm.collectives import Peers
+from dstrain.comm.lane import Lane
+from dstrain.comm.mailbox import NcclMailbox
 from dstrain.comm.trace import Trace
 from dstrain.dispatch.alltoall import AllToAllDispatcher
 from dstrain.dispatch.contract import Route
 from dstrain.dispatch.hierarchical import HierarchicalDispatcher
+from dstrain.dispatch.hop import Hop
 from dstrain.dispatch.rank import RankDispatcher
 from dstrain.dispatch.transport import Transport
 from dstrain.dispatch.wire import WireFormat
@@ -89,6 +92,11 @@ def make(name: str, wire: WireFormat | None = None) -> Transport:
         return AllToAllDispatcher(EXPERTS, everyone(), wire)
     if name == "rank":
         return RankDispatcher(EXPERTS, everyone(), wire)
+    if name == "rank, sized beforehand":
+        # What carries rows on GPUs, here over gloo's all-to-all.
+        ranks, box = everyone().size, NcclMailbox(everyone())
+        hop = Hop(box, box, ranks, EXPERTS // ranks)
+        return Transport(hop.experts, wire, [hop], Lane(everyone().trace))
     nodes, ranks = map(int, name.removeprefix("hierarchical ").split("x"))
     return HierarchicalDispatcher(EXPERTS, *grid(nodes, ranks), wire)
 
@@ -96,5 +104,5 @@ def make(name: str, wire: WireFormat | None = None) -> Transport:
 TRANSPORTS = {
     1: ("alltoall", "rank"),
     2: ("alltoall", "rank", "hierarchical 2x1", "hierarchical 1x2"),
-    4: ("alltoall", "rank", "hierarchical 2x2"),
+    4: ("alltoall", "rank", "rank, sized beforehand", "hierarchical 2x2"),
 }
