@@ -10,7 +10,7 @@ from dstrain.schedule.table import check, sequential
 
 @pytest.mark.parametrize("wire", [0.3, 1.0, 3.0])
 @pytest.mark.parametrize(
-    ("blocks", "micro_batches", "in_flight"), [(0, 3, 2), (1, 2, 2), (2, 4, 3), (3, 1, 2), (2, 3, 8)]
+    ("blocks", "micro_batches", "in_flight"), [(0, 3, 2), (1, 2, 2), (2, 4, 3), (3, 1, 2), (2, 3, 8), (2, 2, 1)]
 )
 def test_plans_are_legal(blocks: int, micro_batches: int, in_flight: int, wire: float):
     check(planned(blocks, micro_batches, in_flight, even_costs(blocks, wire)), blocks, micro_batches, in_flight)
