@@ -47,11 +47,10 @@ ENGINES = {
     "deepspeed, stage 2": EngineConfig("deepspeed", zero_stage=2),
 }
 
-# What the engines use a collective for, and the bytes that a rank in a ring of n sends for it, in parts of the larger
-# of its tensors.
+# What DeepSpeed uses a collective for, and the bytes that a rank in a ring of n sends for it, in parts of the larger of
+# its tensors.
 RING: dict[str, tuple[str, Callable[[int], float]]] = {
     "all_reduce": ("grad", lambda n: 2 * (n - 1) / n),
-    "all_to_all_single": ("grad", lambda n: (n - 1) / n),
     "all_gather_single": ("param", lambda n: (n - 1) / n),
     "all_gather_into_tensor": ("param", lambda n: (n - 1) / n),
 }
@@ -67,6 +66,17 @@ class Wire:
     def wrap(self) -> None:
         for name in RING:
             setattr(dist, name, self._wrapped(name, getattr(dist, name)))
+        dist.isend = self._sending(dist.isend)
+
+    def _sending(self, isend: Callable[..., Any]) -> Callable[..., Any]:
+        """The messages of comm/flat.py: sums have the tag 0."""
+
+        def counted(message: Tensor, **kwargs: Any) -> Any:
+            if kwargs["group"] is not self.dispatcher:
+                self.sent_bytes["grad" if kwargs["tag"] == 0 else "param"] += message.numel() * message.element_size()
+            return isend(message, **kwargs)
+
+        return counted
 
     def _wrapped(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         kind, share = RING[name]
