@@ -1,0 +1,140 @@
+"""Training runs that lose a rank: every other one ends with a message that names it, and nothing hangs."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from dstrain.bench.testbed import Fabric, Testbed
+from dstrain.comm import failure
+from dstrain.comm.trace import Trace, Transfer
+from dstrain.config.schema import Config
+from dstrain.errors import PeerError
+from dstrain.metrics.run_directory import RunDirectory
+from dstrain.tasks import pretrain
+from tests.bench.lab import needs_testbed
+from tests.gloo.spawn import spawn
+from tests.tasks.training import arguments, config, write_corpus
+
+# What is asked of a rank that was left alone: to be gone by then. The rest is for a busy machine.
+TIMEOUT_S, END_S = 4, 120
+WHERE = r"layer \d, micro-batch \d, (forward|backward|weight), step \d+"
+
+
+def lose_a_rank(rank: int, world: int, made: Config, victim: int, how: int) -> str:
+    """The victim goes as soon as it has sent tokens in step 2; what the others say, and that they leave the run."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    failure.GRACE_S = 1.0
+    end = Trace.end
+
+    def stop(trace: Trace, transfer: Transfer) -> None:
+        end(trace, transfer)
+        if transfer.kind == "dispatch" and transfer.label.step == 2:
+            os.kill(os.getpid(), how)
+
+    if rank == victim:
+        Trace.end = stop
+    with pytest.raises(PeerError) as raised:
+        pretrain.run(made)
+    if rank == 0:
+        # Nobody holds it any more.
+        RunDirectory(made.run.dir).lock()
+    dist.destroy_process_group()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "stalls"])
+def test_a_rank_that_goes_in_mid_dispatch_is_named(tmp_path: Path, how: int):
+    made = config(tmp_path, "run", "mesh.ep=2", f"mesh.timeout_s={TIMEOUT_S}", "train.steps=90", world=4)
+    messages = spawn(lose_a_rank, 4, made, 2, int(how), victims=[2], timeout_s=END_S)
+    sign = "is gone: the connection broke" if how == signal.SIGKILL else "did not answer"
+    partner = messages[3]
+    assert re.search(rf"^rank 3: rank 2 \(group [a-z-]+\) {sign} in [a-z]+, {WHERE} after", partner), partner
+    for rank in (0, 1):
+        assert messages[rank].startswith(f"rank {rank}: ")
+        # Either the one it waited for itself, or the one that others waited for.
+        assert "rank 2 (" in messages[rank] or "The first to fail was rank 2:" in messages[rank], messages[rank]
+
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def command(folder: Path, *overrides: str) -> list[str]:
+    write_corpus(folder / "corpus.txt")
+    words = arguments(folder, "run", "train.steps=100000", f"mesh.timeout_s={TIMEOUT_S}", *overrides)
+    return [sys.executable, "-m", "dstrain", "train", *words]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def training(world: int, start: Start) -> Iterator[list["subprocess.Popen[str]"]]:
+    """`dstrain train` on each rank."""
+    place = {"WORLD_SIZE": str(world), "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    processes = [start(rank, {"RANK": str(rank), "LOCAL_RANK": str(rank), **place}) for rank in range(world)]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + END_S
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists():
+            lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+            if any(json.loads(line)["step"] >= step for line in lines if line.endswith("\n")):
+                return
+        time.sleep(0.1)
+    raise TimeoutError(f"{run} did not get to step {step}")
+
+
+def test_the_command_ends_with_a_message_and_status_2(tmp_path: Path):
+    words = command(tmp_path)
+
+    def start(rank: int, env: dict[str, str]) -> "subprocess.Popen[str]":
+        here = {**os.environ, **env, "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+        return subprocess.Popen(words, env=here, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    with training(2, start) as (survivor, victim):
+        wait_for_step(tmp_path / "run", 2)
+        victim.kill()
+        _, said = survivor.communicate(timeout=END_S)
+    assert survivor.returncode == 2
+    assert re.search(r"^dstrain: rank 0: rank 1 \(group [a-z-]+\) is gone", said, re.MULTILINE), said
+    assert "Traceback" not in said
+
+
+@needs_testbed
+def test_a_cut_cable(tmp_path: Path):
+    words = command(tmp_path, "mesh.ep=4", "dispatch=hierarchical")
+    with Testbed(Fabric(nodes=2)) as testbed:
+
+        def start(rank: int, env: dict[str, str]) -> "subprocess.Popen[str]":
+            return testbed.start(rank // 2, words, env, stderr=subprocess.PIPE, text=True)
+
+        with training(4, start) as processes:
+            wait_for_step(tmp_path / "run", 2)
+            testbed.cut(1)
+            said = [process.communicate(timeout=END_S)[1] for process in processes]
+    for rank, (process, text) in enumerate(zip(processes, said, strict=True)):
+        assert process.returncode == 2
+        lost = "[23]" if rank < 2 else "[01]"
+        found = re.search(rf"^dstrain: rank {rank}: (one of )?ranks? {lost}.* did not answer in .*step \d+", text, re.M)
+        assert found, text
