@@ -95,6 +95,12 @@ def check_dispatch(config: Config) -> None:
     at_least(config, 0, "dispatch.placement.every_steps", "dispatch.placement.min_gain")
     if config.schedule.in_flight is not None:
         at_least(config, 1, "schedule.in_flight")
+        need(
+            config.schedule.in_flight == 1 or config.engine.zero_stage != 2,
+            ("schedule.in_flight", config.schedule.in_flight),
+            "engine.zero_stage=2 reduces one micro-batch after the other",
+            "Set schedule.in_flight=1, or engine.zero_stage=1.",
+        )
     one_of(config, "schedule.order", "fixed", "measured")
 
 
@@ -245,7 +251,10 @@ def check_verify(config: VerifyRoot) -> None:
     _check_pipeline(config)
     check(config)
     at_least(config, 1, "verify.steps", "verify.timeout_s")
-    above_zero(config, "verify.tolerance")
+    if config.verify.tolerance is not None:
+        above_zero(config, "verify.tolerance")
+    if config.verify.ranks_per_node is not None:
+        at_least(config, 1, "verify.ranks_per_node")
 
 
 def check_generate(config: GenerateRoot) -> None:

@@ -164,7 +164,7 @@ class DispatchConfig:
     # auto | local | alltoall (a row per token and expert) | rank (a row per token and rank) | hierarchical (a row per
     # token and node over the slow link) | deepep (GPU only); where mesh.ep is 1, nothing travels and all are local
     kind: str = "auto"
-    # Format of a row on its way to the experts, and of its gradient on the way to them: auto (precision.compute_dtype) |
+    # Format of a row on its way to the experts, and of its gradient on the way to them: auto (the compute dtype) |
     # float32 | bfloat16 | fp8 (E4M3, a scale per 128) | fp4 (E2M1, a scale per 32; an experiment). Results come back in
     # the compute dtype.
     wire: str = "auto"
@@ -179,7 +179,8 @@ class ScheduleConfig:
     """In which order the micro-batches of a rank run their phases."""
 
     # Micro-batches between their forward and their backward pass at once: while one waits for the network, another
-    # computes; each takes its own activations. None: 2 where experts are spread and a step has that many, otherwise 1.
+    # computes; each takes its own activations. None: 2 where experts are spread and a step has that many, otherwise 1
+    # (as with engine.zero_stage=2).
     in_flight: int | None = None
     # fixed (planned for transfers as long as the compute) | measured (planned from the phase times of the first steps)
     order: str = "fixed"
@@ -342,8 +343,10 @@ class VerifyConfig:
 
     # Optimiser steps after which parameters are compared.
     steps: int = 3
-    # Largest relative error of the loss and of any gradient.
-    tolerance: float = 1e-5
+    # Largest relative error of the loss and of any gradient. None: 1e-5, or what dispatch.wire can do if that rounds.
+    tolerance: float | None = None
+    # Nodes to play: runs of that many ranks count as one. None: all ranks are on this machine.
+    ranks_per_node: int | None = None
     # Seconds until a run that hangs is ended.
     timeout_s: int = 600
 

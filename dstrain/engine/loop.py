@@ -6,7 +6,7 @@ Losses are shares of the global batch (model/transformer.py), so adding up is al
 
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
@@ -14,7 +14,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from dstrain.comm.collectives import Peers, all_reduce_max, all_reduce_sum
+from dstrain.comm.collectives import Peers, Reducing, all_reduce_max
 from dstrain.comm.trace import CommTotals, Label
 from dstrain.config.schema import Config
 from dstrain.dispatch.balance import update_bias
@@ -24,13 +24,12 @@ from dstrain.engine.recipe import batch_sequences, bias_update_rate, learning_ra
 from dstrain.engine.state import FlatShard, Progress, Shards
 from dstrain.errors import SharedError
 from dstrain.mesh.groups import Groups
-from dstrain.model.layer import Walk
+from dstrain.model.layer import End, Walk
 from dstrain.model.loss import StepLoss
-from dstrain.model.router import RouterReport
 from dstrain.model.transformer import Transformer
 from dstrain.plan.placement import Placement
+from dstrain.schedule.choose import Orders
 from dstrain.schedule.run import run
-from dstrain.schedule.table import sequential
 
 # (first sample, count) -> tokens [count, seq_len + lookahead]
 Batches = Callable[[int, int], Tensor]
@@ -72,36 +71,51 @@ class StepReport:
     layers: list[LayerLoad]
     # Experts on their way to other ranks, if it was time to look.
     moved: Moved | None
+    # In which order the micro-batches ran their phases, and why.
+    order: str
     # Some rank was asked to stop (a signal).
     stop: bool
 
 
 class _Sums:
-    """Adds up micro-batches, then ranks: one small FP64 all-reduce a step, exact for the integer loads."""
+    """Adds up micro-batches, then ranks: one small FP64 all-reduce a step, exact for the integer loads.
 
-    def __init__(self, device: torch.device):
-        self.parts_5 = torch.zeros(5, dtype=torch.float64, device=device)
-        self.entropy_L = torch.zeros(0, dtype=torch.float64, device=device)
-        self.load_LE = torch.zeros(0, dtype=torch.float64, device=device)
+    It sets out when the last forward pass has ended, and travels under what is left of the backward passes.
+    """
 
-    def add(self, loss: StepLoss) -> None:
-        self.parts_5[:4] += loss.parts_4
-        self.parts_5[4] += loss.total.detach()
-        if loss.reports:
-            self.entropy_L = self._plus(self.entropy_L, loss.reports, "entropy")
-            self.load_LE = self._plus(self.load_LE, loss.reports, "load_E")
+    def __init__(self, micro_batches: int, peers: Peers | None):
+        self._losses: list[StepLoss | None] = [None] * micro_batches
+        self._peers = peers
+        self._reducing: Reducing | None = None
+
+    def add(self, number: int, loss: StepLoss) -> None:
+        """The loss of a micro-batch; sums are formed in their order, whatever order they come in."""
+        self._losses[number] = loss
+        losses = [loss for loss in self._losses if loss is not None]
+        if len(losses) < len(self._losses):
+            return
+        parts_5 = self._sum([torch.cat((loss.parts_4, loss.total[None])) for loss in losses])
+        entropy_L = self._of_reports(losses, "entropy")
+        load_LE = self._of_reports(losses, "load_E")
+        self._shape_LE = load_LE.shape
+        self._reducing = Reducing(torch.cat((parts_5, entropy_L, load_LE.flatten())), self._peers)
+
+    def _of_reports(self, losses: list[StepLoss], name: str) -> Tensor:
+        if not losses[0].reports:
+            return losses[0].total.new_zeros(0, dtype=torch.float64)
+        return self._sum([torch.stack([getattr(report, name) for report in loss.reports]) for loss in losses])
 
     @staticmethod
-    def _plus(so_far: Tensor, reports: list[RouterReport], field: str) -> Tensor:
-        new = torch.stack([getattr(report, field) for report in reports]).double()
-        return so_far + new if so_far.numel() else new
+    def _sum(parts: list[Tensor]) -> Tensor:
+        return torch.stack(parts).double().sum(0)
 
-    def over_ranks(self, peers: Peers | None) -> None:
-        """Replaces the sums by those over all data ranks."""
-        flat = all_reduce_sum(torch.cat((self.parts_5, self.entropy_L, self.load_LE.flatten())), peers)
-        sizes = (5, self.entropy_L.numel(), self.load_LE.numel())
-        self.parts_5, self.entropy_L, load = flat.split(sizes)
-        self.load_LE = load.view_as(self.load_LE)
+    def wait(self) -> None:
+        """Until the sums over all ranks are there."""
+        if self._reducing is None:
+            raise RuntimeError("a micro-batch has not run forward")
+        layers = self._shape_LE[0]
+        self.parts_5, self.entropy_L, load = self._reducing.wait().split((5, layers, self._shape_LE.numel()))
+        self.load_LE = load.view(self._shape_LE)
 
 
 def rank_share(config: Config, groups: Groups, progress: Progress) -> list[tuple[int, int]]:
@@ -147,24 +161,30 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.placer = Placer(self.config, self.groups, self.model, self.engine)
+        self.orders = Orders(self.config, self.groups, self.model.num_blocks)
 
     def accumulate(self) -> _Sums:
         """Forward and backward over this rank's part of the next batch."""
         sequences = batch_sequences(self.config.train, self.progress.tokens)
         weight = mtp_loss_weight(self.config, self.progress.tokens)
         todo = rank_share(self.config, self.groups, self.progress)
+        # The data ranks are all ranks, and in their own group gradients are on the way at this time.
+        sums = _Sums(len(todo), self.groups.world)
 
-        def start(first: int, count: int) -> Walk[StepLoss]:
+        def walk(number: int, first: int, count: int) -> Walk[None]:
             tokens_BS = self.batches(first, count).to(self.groups.place.device, non_blocking=True)
-            return self.model.walk(tokens_BS, sequences, weight)
+            end = yield from self.model.walk(tokens_BS, sequences, weight)
+            sums.add(number, end.result)
+            return End(end.roots, None)
 
         self.engine.expect(len(todo))
-        table = sequential(self.model.num_blocks, len(todo))
-        walks = [partial(start, first, count) for first, count in todo]
-        sums = _Sums(self.groups.place.device)
-        for loss in run(table, walks, self.groups.trace, defer_weights=self.groups.ep is not None):
-            sums.add(loss)
+        self.forward_and_backward([partial(walk, number, *samples) for number, samples in enumerate(todo)])
         return sums
+
+    def forward_and_backward(self, walks: Sequence[Callable[[], Walk[None]]]) -> None:
+        """Over the micro-batches of a step, in the order that suits these ranks."""
+        table = self.orders.table(len(walks))
+        run(table, walks, self.groups.trace, defer_weights=self.orders.defers_weights)
 
     def step(self, *, stop: bool = False) -> StepReport:
         """One optimiser step. Raises SharedError when loss or gradient are not finite, before anything is updated."""
@@ -172,7 +192,7 @@ class Trainer:
         self.groups.trace.label = Label(step=self.progress.step + 1)
         sums = self.accumulate()
         grad_norm = self.engine.reduce()
-        sums.over_ranks(self.groups.data)
+        sums.wait()
         exposed_ms = sum(self.groups.trace.waited_ms().values())
         worst = sums.parts_5.new_tensor([float(stop), _peak_memory_gib(self.groups.place.device), exposed_ms])
         any_stop, memory_gib, exposed_ms = all_reduce_max(worst, self.groups.world).tolist()
@@ -193,6 +213,7 @@ class Trainer:
             # Not the whole device: the gather of the new parameters goes on under the next forward pass.
             torch.cuda.current_stream().synchronize()
         seconds, comm = time.perf_counter() - began, self.groups.trace.take()
+        self.orders.after_step(comm)
         return StepReport(
             self.progress,
             loss=total,
@@ -209,6 +230,7 @@ class Trainer:
             memory_gib=memory_gib,
             layers=layers,
             moved=moved,
+            order=self.orders.reason,
             stop=any_stop > 0,
         )
 

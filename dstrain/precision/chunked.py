@@ -49,8 +49,9 @@ class _ChunkedExperts(torch.autograd.Function):
         chunk_rows: int,
         gradients: tuple[WeightGradients | None, WeightGradients | None],
     ) -> Tensor:
-        ctx.save_for_backward(rows_RD, gate_up, down, ends_E)
-        ctx.chunk_rows, ctx.gradients = chunk_rows, gradients
+        ctx.save_for_backward(rows_RD, ends_E)
+        # As they are: recomputation would give back other tensors for saved ones.
+        ctx.weights, ctx.chunk_rows, ctx.gradients = (gate_up, down), chunk_rows, gradients
         result_RD = torch.empty_like(rows_RD)
         for chunk, ends in _chunks(len(rows_RD), ends_E, chunk_rows):
             inner = swiglu(F.grouped_mm(rows_RD[chunk], gate_up.transpose(1, 2), offs=ends))
@@ -60,7 +61,7 @@ class _ChunkedExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        rows_RD, gate_up, down, ends_E = ctx.saved_tensors
+        (rows_RD, ends_E), (gate_up, down) = ctx.saved_tensors, ctx.weights
         grad_rows_RD, grad_RD = torch.empty_like(rows_RD), grad_RD.contiguous()
         # Added in FP32 and rounded once, as in a product of all rows.
         grad_gate_up, grad_down = (torch.zeros_like(weight, dtype=torch.float32) for weight in (gate_up, down))

@@ -8,11 +8,12 @@ A stretch is everything from the arrival of one block's results to the departure
 dense layers, MLA, router; in stretch 0 the embedding, in the last one the head and the loss.
 
     ATTEND n    waits for combine of block n - 1, computes stretch n, starts dispatch of block n
-    SHARED n    the shared expert of block n, between ATTEND n and ATTEND n + 1 (in the backward pass the other way round)
+    SHARED n    the shared expert of block n, between ATTEND n and ATTEND n + 1 (backward the other way round)
     EXPERTS n   waits for dispatch of block n, computes its routed experts, starts combine of block n
 
-Backward, ATTEND n waits for the gradient of dispatch n and starts that of combine n - 1; EXPERTS n waits for the gradient
-of combine n and starts that of dispatch n. WEIGHT is the part of a backward pass that no other phase waits for.
+Backward, ATTEND n waits for the gradient of dispatch n and starts that of combine n - 1; EXPERTS n waits for the
+gradient of combine n and starts that of dispatch n. WEIGHT is the part of a backward pass that no other phase waits
+for.
 """
 
 from dataclasses import dataclass

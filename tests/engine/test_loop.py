@@ -75,6 +75,7 @@ def gradients(micro_batch: int, sequences: int = 8) -> tuple[dict[str, Tensor], 
     trainer = trainer_of(config, alone())
     sums = trainer.accumulate()
     trainer.engine.reduce()
+    sums.wait()
     return whole(dict(trainer.engine.gradients())), sums.parts_5.tolist()
 
 
@@ -145,13 +146,40 @@ def test_what_ranks_know_together(reports: list[list[StepReport]]):
     assert len({rank[0].memory_gib for rank in ranks}) == 1
     assert reports[0][1].stop is False
     for rank in ranks:
-        assert {"dispatch", "combine", "grad", "param", "reduce"} <= rank[0].comm.sent_bytes.keys()
+        assert {"dispatch", "combine", "grad", "param", "reduce"} <= rank[1].comm.sent_bytes.keys()
         assert 0 < rank[0].comm.exposed_ms < 1e3 * rank[0].seconds
     assert reports[0][0].comm.sent_bytes == {}
 
 
 def test_the_rate_warms_up(reports: list[list[StepReport]]):
     assert [report.lr for report in reports[0]] == pytest.approx([0.0025, 0.005])
+
+
+def test_sums_travel_under_the_backward_pass(reports: list[list[StepReport]]):
+    """They set out in the last stretch of the last forward pass."""
+    for rank in reports[1:]:
+        labels = [transfer.label for transfer in rank[0].comm.transfers if transfer.kind == "reduce"]
+        assert [(label.block, label.direction) for label in labels] == [(2, "forward"), (None, None), (None, None)]
+
+
+def in_orders(rank: int, world: int) -> list[tuple[str, list[float], dict[str, Tensor]]]:
+    """What two steps compute in several orders of phases: reasons, losses and norms, the weights after them."""
+    groups, found = connect(Mesh(ep=world), Place(rank, world, CPU)), []
+    for in_flight in (1, 2, 4):
+        trainer = trainer_of(tiny_config(train={"micro_batch": 1}, schedule={"in_flight": in_flight}), groups)
+        reports = [trainer.step() for _ in range(2)]
+        figures = [figure for report in reports for figure in (report.loss, report.grad_norm)]
+        found.append((reports[-1].order, figures, {n: t.clone() for n, t in whole(trainer.state()).items()}))
+    return found
+
+
+def test_the_order_of_phases_changes_no_bit():
+    (first, *others), _ = spawn(in_orders, 2)
+    assert first[0] == "1 of 4 micro-batches in flight"
+    for (reason, figures, weights), count in zip(others, (2, 4), strict=True):
+        assert reason.startswith(f"{count} of 4 micro-batches in flight, planned")
+        assert figures == first[1]
+        assert all(torch.equal(weights[name], first[2][name]) for name in first[2])
 
 
 def broken(rank: int, world: int, where: str) -> tuple[str, bool, Progress]:

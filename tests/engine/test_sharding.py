@@ -285,6 +285,14 @@ def test_state_moves_between_layouts():
     assert spawn(load, 4, Mesh(ep=4), state)[0] == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_gradient_that_does_not_come_is_missed():
+    trainer = trainer_of(case(), alone())
+    trainer.engine.expect(2)
+    trainer.model(samples(trainer.config, 0, 2), 2).total.backward()
+    with pytest.raises(RuntimeError, match="gradients have not come: of"):
+        trainer.engine.reduce()
+
+
 def test_what_belongs_between_reduce_and_step():
     engine = trainer_of(case(), alone()).engine
     with pytest.raises(RuntimeError, match="without reduce"):

@@ -1,6 +1,7 @@
 """The proof itself is put to the test: it passes what is right, fails what is wrong, and never hangs."""
 
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -28,6 +29,7 @@ def figures(**changed: Any) -> dict[str, Any]:
         "norms": [1.0, 1.0],
         "grads": {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([0.0, 4.0])},
         "parameters": {"a": torch.tensor([3.0]), "b": torch.tensor([0.0])},
+        "how": "",
     }
     return made | changed
 
@@ -60,6 +62,14 @@ def test_what_cannot_be_compared_is_infinitely_off(grads: dict[str, torch.Tensor
     assert (worst.name, worst.error) == ("b", inf)
 
 
+def test_errors_of_the_norm_leave_out_what_moves_by_signs():
+    changed = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([3.0, 0.0])}
+    biased = figures(parameters={"a": torch.tensor([3.0]), "layers.1.moe.router.bias": torch.tensor([0.001])})
+    found = compare(biased, biased | {"grads": changed}, by_norm=True)
+    assert found[2] == Difference("gradient", "b", 1.25)
+    assert [row.name for row in found if row.what == "parameter"] == ["a"]
+
+
 def test_a_gradient_where_there_is_none_is_infinitely_off():
     layout = figures(parameters={"a": torch.tensor([3.0]), "b": torch.tensor([1e-9])})
     assert compare(figures(), layout)[4] == Difference("parameter", "b", inf)
@@ -67,7 +77,7 @@ def test_a_gradient_where_there_is_none_is_infinitely_off():
 
 def test_a_range_that_no_rank_holds_is_seen():
     part = {"a": ((4,), 0, torch.ones(3))}
-    joined = assemble([{"losses": [1.0], "norms": [1.0], "grads": part, "parameters": {}}])
+    joined = assemble([{"losses": [1.0], "norms": [1.0], "grads": part, "parameters": {}, "how": ""}])
     whole = joined | {"grads": {"a": torch.ones(4)}}
     assert compare(whole, joined)[2].error == inf
 
@@ -76,14 +86,15 @@ def test_a_range_that_no_rank_holds_is_seen():
 
 
 def table(capsys: pytest.CaptureFixture, *rows: Difference) -> tuple[bool, str]:
-    failed = print_table(list(rows), VerifyRoot(), Mesh(1, 2, 4))
+    failed = print_table(list(rows), VerifyRoot(), Mesh(1, 2, 4), "dispatch rank")
     return failed, capsys.readouterr().out
 
 
 def test_a_table_without_a_mismatch(capsys: pytest.CaptureFixture):
     failed, out = table(capsys, Difference("loss", "of any step", 0.0), Difference("gradient", "a", 9e-6))
     assert not failed
-    assert "pp=1 ep=4 dp=2 (8 processes), engine torch: computes the same as one process" in " ".join(out.split())
+    said = " ".join(out.split())
+    assert "pp=1 ep=4 dp=2 (8 processes), engine torch, dispatch rank: computes the same as one process" in said
 
 
 @pytest.mark.parametrize("error", [1.1e-5, inf, nan])
@@ -119,13 +130,23 @@ def test_many_rows_are_summed_up(capsys: pytest.CaptureFixture):
     [
         ("mesh.ep=2",),
         ("mesh.dp=2", "model.mtp.depth=0", "train.recompute=[norm,mla_up,swiglu]"),
-        ("mesh.ep=2", "mesh.dp=2", "train.recompute=[layer]"),
+        ("mesh.ep=2", "mesh.dp=2", "train.recompute=[layer]", "schedule.order=measured", "verify.steps=3"),
     ],
     ids=lambda overrides: " ".join(overrides),
 )
 def test_layouts_compute_the_same(overrides: tuple[str, ...], capsys: pytest.CaptureFixture):
-    verify.run(load.compose("verify", [*overrides, "verify.steps=2"]))
+    verify.run(load.compose("verify", ["verify.steps=2", *overrides]))
     assert "computes the same as one process" in " ".join(capsys.readouterr().out.split())
+
+
+def test_nodes_can_be_played_and_a_wire_format_may_round(capsys: pytest.CaptureFixture):
+    overrides = ["mesh.ep=4", "dispatch=hierarchical", "verify.ranks_per_node=2", "dispatch.wire=fp8"]
+    verify.run(load.compose("verify", [*overrides, "verify.steps=1"]))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "dispatch hierarchical, wire fp8, 2 of 2 micro-batches in flight" in said
+    assert "computes the same as one process (1 steps in FP32, tolerance 0.15)" in said
+    errors = [float(number) for number in re.findall(r"gradient │ ([\d.e-]+) ", said)]
+    assert max(errors) > 1e-2
 
 
 @pytest.mark.slow
@@ -176,14 +197,14 @@ def test_text_must_be_there(tmp_path: Path):
 
 
 def fail_on_second(rank: int, config: VerifyRoot, mesh: Mesh, port: int, folder: Path) -> None:
-    verify._join(rank, mesh, port)
+    verify._join(rank, mesh, port, None)
     if rank == 1:
         raise ValueError("no more tokens")
     dist.barrier()
 
 
 def die_on_second(rank: int, config: VerifyRoot, mesh: Mesh, port: int, folder: Path) -> None:
-    verify._join(rank, mesh, port)
+    verify._join(rank, mesh, port, None)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()

@@ -1,0 +1,130 @@
+"""Which table a step runs: what the config asks for, planned once for each number of micro-batches, equal on all ranks.
+
+With order=measured the first step warms up and the second one is timed, both in the sequential order, where each
+transfer has the link to itself. A phase costs its mean over ranks and micro-batches; a transfer what it costs the rank
+that came to it last, since all others also waited for that one.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import torch
+import torch.distributed as dist
+
+from dstrain.comm.trace import CommTotals
+from dstrain.config.schema import Config
+from dstrain.mesh.groups import Groups
+from dstrain.schedule.order import fixed, planned
+from dstrain.schedule.run import DIRECTIONS
+from dstrain.schedule.simulate import Costs, simulate
+from dstrain.schedule.table import Table, from_text, sequential, starts, to_text
+
+# Counted from the start of the process.
+TIMED_STEP = 2
+
+
+def in_flight(config: Config, groups: Groups, micro_batches: int) -> int:
+    """Micro-batches in flight where a rank has `micro_batches` in a step."""
+    asked = config.schedule.in_flight
+    if asked is None:
+        # Where nothing travels there is nothing to hide, and stage 2 takes one micro-batch after the other.
+        asked = 1 if groups.ep is None or config.engine.zero_stage == 2 else 2
+    return min(asked, micro_batches)
+
+
+@dataclass
+class Orders:
+    """The tables of a run. Every rank calls the same methods in the same order."""
+
+    config: Config
+    groups: Groups
+    # MoE blocks of the model.
+    blocks: int
+    # How the newest table came about.
+    reason: str = ""
+    _tables: dict[int, Table] = field(default_factory=dict)
+    _costs: Costs | None = None
+    _steps: int = 0
+    _kept_spans: bool = False
+
+    @property
+    def defers_weights(self) -> bool:
+        """Weight gradients are put off only where compute has transfers to wait for."""
+        return self.groups.ep is not None and self.blocks > 0
+
+    def table(self, micro_batches: int) -> Table:
+        """For the step that begins now."""
+        self._steps += 1
+        if self._measures and self._steps <= TIMED_STEP:
+            self._kept_spans = self.groups.trace.keeps_spans
+            self.groups.trace.keeps_spans |= self._steps == TIMED_STEP
+            return sequential(self.blocks, micro_batches)
+        if micro_batches not in self._tables:
+            self._tables[micro_batches] = self._new(micro_batches)
+        return self._tables[micro_batches]
+
+    def after_step(self, comm: CommTotals) -> None:
+        """`comm` is the account of the step that has just ended."""
+        if self._measures and self._steps == TIMED_STEP:
+            self.groups.trace.keeps_spans = self._kept_spans
+            self._costs = self._agreed(timed(comm, self.blocks))
+
+    @property
+    def _measures(self) -> bool:
+        schedule = self.config.schedule
+        return schedule.order == "measured" and schedule.in_flight != 1 and self.defers_weights
+
+    def _new(self, micro_batches: int) -> Table:
+        count = in_flight(self.config, self.groups, micro_batches)
+        start = f"{count} of {micro_batches} micro-batches in flight"
+        if count == 1 or not self.defers_weights:
+            self.reason = start
+            return sequential(self.blocks, micro_batches)
+        # By the first rank alone: it takes seconds of compute, which the ranks of a machine would take from each other.
+        text = [to_text(self._planned(micro_batches, count)) if self.groups.place.rank == 0 else ""]
+        dist.broadcast_object_list(text, src=0, group=self.groups.background)
+        table = from_text(text[0])
+        self.reason = f"{start}, planned for transfers as long as the compute"
+        if self._costs is not None:
+            played = simulate(table, self._costs)
+            expected = f"{played.makespan_ms:,.0f} ms of which compute waits {played.exposed_ms:,.0f}"
+            self.reason = f"{start}, planned from the times of step {TIMED_STEP}: {expected}"
+        return table
+
+    def _planned(self, micro_batches: int, count: int) -> Table:
+        if self._costs is None:
+            return fixed(self.blocks, micro_batches, count)
+        return planned(self.blocks, micro_batches, count, self._costs)
+
+    def _agreed(self, own: Costs) -> Costs:
+        """The same costs on all ranks."""
+        compute_ms = torch.tensor(list(own.compute_ms.values()), dtype=torch.float64)
+        transfer_ms = torch.tensor(list(own.transfer_ms.values()), dtype=torch.float64)
+        dist.all_reduce(compute_ms, group=self.groups.background)
+        dist.all_reduce(transfer_ms, op=dist.ReduceOp.MIN, group=self.groups.background)
+        compute_ms /= self.groups.place.world
+        return Costs(
+            dict(zip(own.compute_ms, compute_ms.tolist(), strict=True)),
+            dict(zip(own.transfer_ms, transfer_ms.tolist(), strict=True)),
+        )
+
+
+def timed(comm: CommTotals, blocks: int) -> Costs:
+    """What the phases and transfers of a step took this rank, mean over its micro-batches.
+
+    The step has run the sequential order, with spans kept and weight gradients apart.
+    """
+    times_ms: defaultdict[tuple[str, str | None, int | None], list[float]] = defaultdict(list)
+    for span in comm.spans:
+        times_ms[span.name, span.label.direction, span.label.block].append((span.end_s - span.start_s) * 1e3)
+    for transfer in comm.transfers:
+        if transfer.end_s is not None:
+            place = (transfer.kind, transfer.label.direction, transfer.label.block)
+            times_ms[place].append((transfer.end_s - transfer.start_s) * 1e3)
+    actions = sequential(blocks, 1)
+    ways = [way for action in actions if (way := starts(action, blocks)) is not None]
+    return Costs(
+        {(a.work, a.phase, a.block): fmean(times_ms[a.phase.value, DIRECTIONS[a.work], a.block]) for a in actions},
+        {(w.work, w.name, w.block): fmean(times_ms[w.name, DIRECTIONS[w.work], w.block]) for w in ways},
+    )
