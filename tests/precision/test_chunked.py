@@ -70,5 +70,5 @@ def test_nothing_but_the_rows_is_kept_for_the_backward_pass():
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         chunked_experts(rows, gate_up, down, torch.tensor(COUNTS[0]), 4)
-    assert {id(x) for x in kept if x.dtype == torch.float32} == {id(rows), id(gate_up), id(down)}
-    assert sum(x.numel() for x in kept) == rows.numel() + gate_up.numel() + down.numel() + E
+    weights = {id(gate_up), id(down)}
+    assert sum(x.numel() for x in kept if id(x) not in weights) == rows.numel() + E
