@@ -1,4 +1,5 @@
-"""What a run looks at beside the figures of its steps: timelines on request, and links that are too slow."""
+"""What a run looks at beside the figures of its steps: timelines on request, links that are too slow, the order of
+phases."""
 
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ class Observer:
         self.trace_steps, self.groups = config.metrics.trace_steps, groups
         self.directory, self.say = directory, say
         self._links = LinkWatch(config.hardware, groups)
+        self._order = ""
 
     def before_step(self, step: int) -> None:
         self.groups.trace.keeps_spans = step in self.trace_steps
@@ -26,6 +28,9 @@ class Observer:
         """What is wrong if a timeline cannot be written, on rank 0."""
         for warning in self._links.after_step(report.comm):
             self._say(warning)
+        if self.groups.ep is not None and report.order != self._order:
+            self._order = report.order
+            self._say(f"schedule: {report.order}")
         if report.progress.step not in self.trace_steps:
             return None
         ranks = timeline.gather(report.comm, self.groups)

@@ -50,6 +50,13 @@ BROKEN = [
     ("mesh.ep", {"mesh__ep": 3}, "must divide model.num_experts=16", "1, 2, 4, 8, 16"),
     ("dispatch.kind", {"dispatch__kind": "pigeon"}, "no such choice", "auto, local, alltoall"),
     ("dispatch.kind", {"dispatch__kind": "local", "mesh__ep": 2}, "other ranks", "alltoall"),
+    ("schedule.in_flight", {"schedule__in_flight": 0}, "at least 1", ""),
+    (
+        "schedule.in_flight",
+        {"schedule__in_flight": 2, "engine__name": "deepspeed", "engine__zero_stage": 2},
+        "one micro-batch after the other",
+        "schedule.in_flight=1",
+    ),
     ("model.hidden_size", {"model__hidden_size": 0}, "at least 1", ""),
     ("model.vocab_size", {"model__vocab_size": 0}, "at least 1", ""),
     ("model.q_lora_rank", {"model__q_lora_rank": -1}, "at least 1", ""),

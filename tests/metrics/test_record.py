@@ -8,7 +8,9 @@ import torch
 from dstrain.comm.trace import CommTotals
 from dstrain.config.schema import HardwareConfig, MetricsConfig
 from dstrain.engine.loop import LayerLoad, StepReport
+from dstrain.engine.placement import Moved
 from dstrain.engine.state import Progress
+from dstrain.mesh.topology import Link
 from dstrain.metrics.record import step_record
 from dstrain.plan.count import flops_per_token
 from tests.tiny import TINY
@@ -25,12 +27,23 @@ REPORT = StepReport(
     grad_norm=1.25,
     tokens=96,
     seconds=0.5,
-    comm=CommTotals(12.0, {"grad": 5}),
+    comm=CommTotals(
+        12.0,
+        48.0,
+        {"grad": 5_000_000},
+        {Link.NETWORK: 3_000_000, Link.NODE: 2_000_000},
+        [],
+        [],
+        waited_ms={"grad": 12.0},
+    ),
+    comm_exposed_worst_ms=15.0,
     memory_gib=0.75,
     layers=[
-        LayerLoad("layers.3.moe.router", torch.tensor([10.0, 20.0, 30.0, 20.0]), 1.2, 0.04),
-        LayerLoad("mtp.0.layer.moe.router", torch.full((4,), 20.0), 1.3, 0.0),
+        LayerLoad("layers.3.moe.router", torch.tensor([10.0, 20.0, 50.0, 0.0]), ((0, 3), (2, 1)), 1.2, 0.04),
+        LayerLoad("mtp.0.layer.moe.router", torch.full((4,), 20.0), ((0, 1), (2, 3)), 1.3, 0.0),
     ],
+    moved=None,
+    order="1 of 1 micro-batches in flight",
     stop=False,
 )
 
@@ -51,6 +64,13 @@ def test_figures_of_the_run():
         "mfu": pytest.approx(48.0 * flops_per_token(CONFIG.model, 12) / 0.5e12),
         "step_ms": 500.0,
         "comm_exposed_ms": 12.0,
+        "comm_exposed_worst_ms": 15.0,
+        "comm_busy_ms": 48.0,
+        "comm_hidden_share": 0.75,
+        "comm_node_mb": 2.0,
+        "comm_network_mb": 3.0,
+        "comm_grad_mb": 5.0,
+        "comm_grad_exposed_ms": 12.0,
         "memory_gib": 0.75,
     }
 
@@ -58,10 +78,16 @@ def test_figures_of_the_run():
 def test_figures_of_the_layers():
     record = step_record(REPORT, CONFIG, world=4)
     assert {name: value for name, value in record.items() if "/" in name} == {
-        "moe/layer03/load_max_over_mean": 1.5,
+        "moe/layer03/load_max_over_mean": 2.5,
+        "moe/layer03/rank_load_max_over_mean": 1.75,
+        "moe/layer03/overload_share": 30 / 80,
+        "moe/layer03/dead_experts": 1,
         "moe/layer03/entropy": 1.2,
         "moe/layer03/bias_range": 0.04,
         "moe/mtp0/load_max_over_mean": 1.0,
+        "moe/mtp0/rank_load_max_over_mean": 1.0,
+        "moe/mtp0/overload_share": 0.0,
+        "moe/mtp0/dead_experts": 0,
         "moe/mtp0/entropy": 1.3,
         "moe/mtp0/bias_range": 0.0,
     }
@@ -70,6 +96,18 @@ def test_figures_of_the_layers():
 def test_layers_are_reported_every_few_steps_only():
     report = replace(REPORT, progress=Progress(step=11, samples=88, tokens=1056))
     assert not [name for name in step_record(report, CONFIG, world=4) if "/" in name]
+
+
+def test_experts_that_moved():
+    report = replace(REPORT, moved=Moved(3, 2**21, 0.25, 1.75, 1.25))
+    record = step_record(report, CONFIG, world=4)
+    assert {name: value for name, value in record.items() if name.startswith("placement/")} == {
+        "placement/moved_experts": 3,
+        "placement/sent_mib": 2.0,
+        "placement/ms": 250.0,
+        "placement/load_before": 1.75,
+        "placement/load_after": 1.25,
+    }
 
 
 def test_without_a_known_peak_there_is_no_mfu():
