@@ -49,6 +49,9 @@ SETTINGS = {
     "ipv4/tcp_no_metrics_save": "1",
     "ipv6/conf/all/disable_ipv6": "1",
 }
+# A bridge may pass every packet through the machine's filters.
+BRIDGE_SETTINGS = {"bridge/bridge-nf-call-iptables": "0"}
+OWN_NAMESPACE = "unshare -Urnm sh -c 'mount -t tmpfs none /run && exec dstrain bench fabric'"
 END_WAIT_S = 5.0
 PR_SET_PDEATHSIG = 1
 
@@ -159,6 +162,7 @@ class Testbed:
     def _build(self) -> None:
         _namespace(self._switch)
         _ip("-n", self._switch, "link", "add", BRIDGE, "type", "bridge", "mcast_snooping", "0")
+        _set(self._switch, BRIDGE_SETTINGS)
         _ip("-n", self._switch, "link", "set", BRIDGE, "up")
         for node in range(self.fabric.nodes):
             self._add_node(node)
@@ -191,8 +195,10 @@ def require_root() -> None:
         if shutil.which(tool) is None:
             raise UserError(f"The testbed needs `{tool}`, which is not installed. Install iproute2.")
     if sys.platform != "linux" or os.geteuid() != 0:
-        rule = "The testbed makes network namespaces, which only root may."
-        raise UserError(f"{rule} Run it with sudo, or in a container with --cap-add NET_ADMIN --cap-add SYS_ADMIN.")
+        raise UserError(
+            "The testbed makes network namespaces, which only root may. Run it with sudo, in a container with "
+            f"--cap-add NET_ADMIN --cap-add SYS_ADMIN, or as root of a user namespace of your own: {OWN_NAMESPACE}"
+        )
 
 
 def remove_leftovers() -> None:
@@ -206,8 +212,14 @@ def remove_leftovers() -> None:
 def _namespace(name: str) -> None:
     _ip("netns", "add", name)
     _ip("-n", name, "link", "set", "lo", "up")
-    write = "; ".join(f"echo '{value}' > /proc/sys/net/{key}" for key, value in SETTINGS.items())
-    _ip("netns", "exec", name, "sh", "-ec", write)
+    _set(name, SETTINGS)
+
+
+def _set(namespace: str, settings: Mapping[str, str]) -> None:
+    """Settings under /proc/sys/net, as far as this kernel has them."""
+    paths = {f"/proc/sys/net/{key}": value for key, value in settings.items()}
+    write = "; ".join(f"if [ -e {path} ]; then echo '{value}' > {path}; fi" for path, value in paths.items())
+    _ip("netns", "exec", namespace, "sh", "-ec", write)
 
 
 def _limit(namespace: str, device: str, rate_mbit: float, burst_bytes: int) -> None:
