@@ -1,6 +1,6 @@
 """What a transport costs the host: CPU time per layer and micro-batch, forward and backward, without any experts.
 
-    python scripts/bench_dispatch.py [--ranks 4] [--tokens 256] [--hidden 512] [--experts 16,64,256] [--rounds 25]
+    python scripts/bench_dispatch.py [--ranks 4] [--tokens 256] [--hidden 512] [--experts 16,256] [--rounds 25]
 
 Real gloo processes on this machine; `hierarchical` takes half of them for a node. Times are CPU times, which waiting
 for the network does not add to: of the main thread (what keeps it from computing), of the lane that packs, sends and
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--top", type=int, default=6)
-    parser.add_argument("--experts", type=lambda text: [int(n) for n in text.split(",")], default=[16, 64, 256])
+    parser.add_argument("--experts", type=lambda text: [int(n) for n in text.split(",")], default=[16, 256])
     parser.add_argument("--rounds", type=int, default=25)
     arguments = parser.parse_args()
     mp.spawn(work, (arguments, free_port()), nprocs=arguments.ranks)
