@@ -7,17 +7,18 @@ longer than it should, the machine was too busy, and the figures are void.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 
 from dstrain.bench import theory
 from dstrain.bench.case import Case
 from dstrain.bench.launch import Launch
-from dstrain.bench.messages import Prepare, Run, StepFigures
+from dstrain.bench.messages import Prepare, Run, StepFigures, Timing
 from dstrain.bench.testbed import Counters, Fabric, Testbed
 from dstrain.bench.workload import PASSES, Workload
 from dstrain.config.bench import FabricRoot
 from dstrain.plan.traffic import Way
 from dstrain.schedule.order import fixed, planned
+from dstrain.schedule.simulate import Costs
 from dstrain.schedule.table import Table, sequential
 
 # What a card counts over what it carries: acknowledgements, and the headers of large packets. With a smaller bucket the
@@ -109,7 +110,7 @@ def measure(config: FabricRoot, cases: Sequence[Case], left_out: dict[str, str],
     with Testbed(fabric) as testbed, Launch(testbed, config.ranks_per_node, config.timeout_s) as launch:
         say("building")
         forward_ms = _prepare(launch, config, work, nominal_ms)
-        tables = {case: tuple(_table(case, config, work, forward_ms)) for case in samples}
+        tables = {case: tuple(_table(case, config, work, forward_ms, launch)) for case in samples}
         for number in range(config.rounds):
             for case, kept in samples.items():
                 say(f"round {number + 1} of {config.rounds}: {case.name if case else 'compute alone'}")
@@ -146,13 +147,26 @@ def workload(config: FabricRoot) -> Workload:
     )
 
 
-def _table(case: Case | None, config: FabricRoot, work: Workload, forward_ms: float) -> Table:
+def _table(case: Case | None, config: FabricRoot, work: Workload, forward_ms: float, launch: Launch) -> Table:
+    plain = sequential(work.blocks, work.micro_batches)
     if case is None or case.in_flight == 0:
-        return sequential(work.blocks, work.micro_batches)
+        return plain
     if config.order == "fixed":
         return fixed(work.blocks, work.micro_batches, case.in_flight)
-    costs = theory.costs(work, case, forward_ms, config.rate_mbit, config.loopback_mbit)
+    if config.order == "measured":
+        costs = _typical(launch.request(Timing(case, tuple(plain))))
+    else:
+        costs = theory.costs(work, case, forward_ms, config.rate_mbit, config.loopback_mbit)
     return planned(work.blocks, work.micro_batches, case.in_flight, costs)
+
+
+def _typical(by_rank: Sequence[Costs]) -> Costs:
+    """As training takes them: compute as on average; a transfer as for the rank that came to it last."""
+    first = by_rank[0]
+    return Costs(
+        {action: fmean(costs.compute_ms[action] for costs in by_rank) for action in first.compute_ms},
+        {way: min(costs.transfer_ms[way] for costs in by_rank) for way in first.transfer_ms},
+    )
 
 
 def _sample(testbed: Testbed, launch: Launch, request: Run, kept: _Samples) -> None:

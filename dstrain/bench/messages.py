@@ -27,6 +27,14 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """A step of a case in the sequential order, to be answered with what its phases and transfers cost."""
+
+    case: Case
+    table: tuple[Action, ...]
+
+
+@dataclass(frozen=True)
 class Failure:
     """A worker's last message."""
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from dstrain.bench.case import Case
 from dstrain.bench.chain import BlockingLane, Chain, Layer, Replay
 from dstrain.bench.emulate import Clock, Emulated
-from dstrain.bench.messages import Failure, Prepare, Run, StepFigures
+from dstrain.bench.messages import Failure, Prepare, Run, StepFigures, Timing
 from dstrain.bench.peers.choose import PEERS
 from dstrain.bench.peers.contract import Compute, Spec
 from dstrain.bench.real import DTYPE, Real, model_config
@@ -32,6 +32,8 @@ from dstrain.dispatch.contract import Dispatcher
 from dstrain.dispatch.transport import Transport
 from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import Groups, Place, connect
+from dstrain.schedule.choose import timed
+from dstrain.schedule.simulate import Costs
 from dstrain.schedule.table import Table
 
 # Runs a step over the inputs of its micro-batches, in the order of a table.
@@ -54,6 +56,16 @@ class _Bench:
             self.steps[request.case] = self._build(request.case)
         step = self.steps[request.case]
         return [self._measure(step, request.table) for _ in range(request.steps)]
+
+    def time(self, request: Timing) -> Costs:
+        trace = self.groups.trace
+        self.run(Run(request.case, request.table, 1))
+        dist.barrier(self.groups.background)
+        trace.take()
+        trace.keeps_spans = True
+        self.steps[request.case](request.table, self._inputs())
+        trace.keeps_spans = False
+        return timed(trace.take(), self.work.blocks)
 
     def _measure(self, step: Step, table: Table) -> StepFigures:
         trace, clock, inputs = self.groups.trace, self.clock, self._inputs()
@@ -116,7 +128,7 @@ def serve(driver: Connection, timeout_s: float) -> None:
             bench = _Bench(groups, groups.ep, request.work, clock, _compute(request, clock))
             driver.send(None)
         elif bench is not None:
-            driver.send(bench.run(request))
+            driver.send(bench.time(request) if isinstance(request, Timing) else bench.run(request))
     dist.barrier(groups.background)
 
 

@@ -62,7 +62,8 @@ class FabricRoot:
     route_nodes: int | None = None
     # The n-th most popular expert is chosen about n^-skew times as often as the first; 0: all alike.
     route_skew: float = 0.0
-    # planned (for the nominal times of each case) | fixed (the order that training starts with)
+    # planned (for the nominal times of each case) | measured (for the times of one step, once) | fixed (as training
+    # orders by default, for transfers as long as the compute)
     order: str = "planned"
     # Every case takes its turn this often, with this many measured steps after one that warms up.
     rounds: int = 3
@@ -105,7 +106,7 @@ def _check_point(config: FabricRoot) -> None:
     if config.loopback_mbit is not None:
         above_zero(config, "loopback_mbit")
     one_of(config, "compute", "emulated", "none", "real")
-    one_of(config, "order", "planned", "fixed")
+    one_of(config, "order", "planned", "measured", "fixed")
     _check_experts(config)
 
 
