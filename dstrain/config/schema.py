@@ -149,11 +149,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PlacementConfig:
-    """Which rank holds which expert, moved by measured load (EPLB)."""
+    """Which rank holds which expert, moved by measured load (EPLB's greedy packing, without replicas)."""
 
-    # Steps between new placements; 0: experts stay where they are.
+    # Steps between looks at the load since the last one (with few, chance decides); 0: experts stay where they are.
     every_steps: int = 0
-    # A new placement is taken if it lowers the load of the busiest rank by at least this share.
+    # A layer's new placement is taken if it lowers the load of the busiest rank by at least this share.
     min_gain: float = 0.05
 
 

@@ -21,8 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dstrain.comm.collectives import Peers
-from dstrain.comm.mailbox import Mailbox, Pool
-from dstrain.comm.mailbox import connect as connect_mailboxes
+from dstrain.comm.mailbox import GlooMailbox, Mailbox, NcclMailbox, Pool
 from dstrain.config.schema import Config
 from dstrain.engine.contract import Engine
 from dstrain.engine.state import FlatShard, Shards
@@ -30,6 +29,9 @@ from dstrain.mesh.groups import Groups
 from dstrain.model.moe import MoE
 from dstrain.model.transformer import Transformer
 from dstrain.plan.placement import Placement, contiguous, rank_loads, rebalance, slots
+
+# The data group carries gradients and parameters as well.
+MAILBOX_TAG = 2
 
 # (offset in the logical tensor, length, position in the rank's storage) of every range of a shard, by offset.
 Ranges = list[tuple[int, int, int]]
@@ -116,7 +118,8 @@ class Placer:
             moe.experts.held = placement[index]
             moe.slots_E = torch.tensor(slots(placement), device=self.groups.place.device)
         self.placements = placements
-        mailbox, _ = connect_mailboxes(peers, peers, Pool())
+        on_gpu = self.groups.place.device.type == "cuda"
+        mailbox: Mailbox = NcclMailbox(peers) if on_gpu else GlooMailbox(peers, MAILBOX_TAG, Pool())
         return redistribute(before, self.engine.state(), mailbox, peers)
 
     def state(self) -> dict[str, Any] | None:
