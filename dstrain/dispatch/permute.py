@@ -49,12 +49,19 @@ class Bags:
         return Bags(sort(target_N), starts(target_N, targets))
 
     def sum(self, rows_ND: Tensor, weight_N: Tensor | None = None) -> Tensor:
-        """The sums, [R, D], added in FP32 in a fixed order; `weight_N` (FP32) in the order of `order_N`.
+        """The sums, [R, D], added in FP32 in a fixed order; `weight_N` (FP32) in the order of `order_N`."""
+        # Narrow rows are widened first: on a CPU the kernel rounds BF16 sums away from zero where two are equally near.
+        if rows_ND.dtype is torch.float32:
+            return self._sum(rows_ND, weight_N)
+        summed_RD = rows_ND.new_empty(len(self.start_R), rows_ND.shape[1])
+        # By columns: every sum is over all of them, in one go, where it would need the counts of a block of rows.
+        for columns in _blocks(rows_ND.shape[1], len(rows_ND), rows_ND.device):
+            wide = rows_ND[:, columns].to(torch.float32, memory_format=torch.contiguous_format)
+            summed_RD[:, columns] = self._sum(wide, weight_N)
+        return summed_RD
 
-        With weights the result is FP32, otherwise it has the dtype of the rows.
-        """
-        rows_ND = rows_ND if weight_N is None else rows_ND.float()
-        return F.embedding_bag(self.order_N, rows_ND, self.start_R, mode="sum", per_sample_weights=weight_N)
+    def _sum(self, wide_ND: Tensor, weight_N: Tensor | None) -> Tensor:
+        return F.embedding_bag(self.order_N, wide_ND, self.start_R, mode="sum", per_sample_weights=weight_N)
 
 
 def sort(keys_N: Tensor) -> Tensor:
@@ -112,11 +119,7 @@ class Expansion:
 
     def reduce(self, rows_ND: Tensor) -> Tensor:
         """The weighted sum over each row's experts, [R, D]."""
-        summed_RD = rows_ND.new_empty(len(self.bags.start_R), rows_ND.shape[1])
-        # By columns: every sum is over all of them, in one go, where it would need the counts of a block of rows.
-        for columns in _blocks(rows_ND.shape[1], len(rows_ND), rows_ND.device):
-            summed_RD[:, columns] = self.bags.sum(rows_ND[:, columns].contiguous(), self.pair_weight_N)
-        return summed_RD
+        return self.bags.sum(rows_ND, self.pair_weight_N)
 
     def reduce_back(self, grad_RD: Tensor, rows_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of `reduce`: of the rows, [N, D], and of the weights in the order of pairs, FP32 [N]."""

@@ -107,3 +107,9 @@ def test_weights_are_not_rounded_to_narrow_rows():
     expanded = Expansion.of(Pairs.of_tokens(torch.tensor([[0, 1]]), weights_TK), 2)
     rows_RD = torch.tensor([[1024.0] * 8, [-1024.0] * 8], dtype=torch.bfloat16)
     assert expanded.reduce(rows_RD).tolist() == [[1.0] * 8]
+
+
+def test_bfloat16_sums_round_ties_to_even():
+    rows_ND = torch.randn(4000, 16, generator=torch.Generator().manual_seed(2)).bfloat16()
+    bags = Bags.by_target(torch.arange(4000) // 2, 2000)
+    assert torch.equal(bags.sum(rows_ND), rows_ND.float().view(2000, 2, 16).sum(1).bfloat16())
