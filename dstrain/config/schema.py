@@ -164,12 +164,11 @@ class DispatchConfig:
     # auto | local | alltoall (a row per token and expert) | rank (a row per token and rank) | hierarchical (a row per
     # token and node over the slow link) | deepep (GPU only); where mesh.ep is 1, nothing travels and all are local
     kind: str = "auto"
-    # Format of a row on its way to the experts, and of its gradient on the way to them: auto (the compute dtype) |
-    # float32 | bfloat16 | fp8 (E4M3, a scale per 128) | fp4 (E2M1, a scale per 32; an experiment). Results come back in
-    # the compute dtype.
+    # Format of rows and gradients on the way to the experts; back, it is the compute dtype: auto (the same) | float32 |
+    # bfloat16 | fp8 (E4M3, a scale per 128) | fp4 (E2M1, a scale per 32; an experiment)
     wire: str = "auto"
-    # Rows that the experts of a rank take at once; more go through in chunks whose insides are computed again in the
-    # backward pass, so that one expert that takes all tokens costs time and not memory. None: all at once.
+    # Rows that the experts of a rank take at once; more go through in chunks that are computed again in the backward
+    # pass: an expert that takes all tokens costs time, not memory. None: all at once.
     expert_chunk_rows: int | None = None
     placement: PlacementConfig = field(default_factory=PlacementConfig)
 
@@ -178,9 +177,8 @@ class DispatchConfig:
 class ScheduleConfig:
     """In which order the micro-batches of a rank run their phases."""
 
-    # Micro-batches between their forward and their backward pass at once: while one waits for the network, another
-    # computes; each takes its own activations. None: 2 where experts are spread and a step has that many, otherwise 1
-    # (as with engine.zero_stage=2).
+    # Micro-batches between their forward and their backward pass at once, each with its activations. None: 2 where
+    # experts are spread and a step has that many, otherwise 1 (as with engine.zero_stage=2).
     in_flight: int | None = None
     # fixed (planned for transfers as long as the compute) | measured (planned from the phase times of the first steps)
     order: str = "fixed"
@@ -254,8 +252,7 @@ class Corpus:
 class DataConfig:
     """Give either `path` or `blend`."""
 
-    # Text (.txt .md .py .rst ...), .jsonl, .parquet, a directory of these, a Hugging Face dataset on disk, or the
-    # prefix of a tokenised .bin/.idx pair.
+    # Text (.txt .md ...), .jsonl, .parquet, a directory of these, a Hugging Face dataset, the prefix of a .bin/.idx pair.
     path: str | None = None
     blend: tuple[Corpus, ...] = ()
     # "bytes" (256 byte values and one end-of-document token) or the path of a `tokenizers` JSON file.
@@ -276,9 +273,8 @@ class CheckpointConfig:
 
     # Steps between checkpoints; 0: only at the end.
     every_steps: int = 100
-    # The newest this many stay ...
+    # The newest this many stay, and for ever those whose step is a multiple of keep_every_steps (0: none).
     keep_last: int = 2
-    # ... and, for ever, those whose step is a multiple of this; 0: none.
     keep_every_steps: int = 0
 
 
