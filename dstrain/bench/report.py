@@ -106,12 +106,12 @@ def show(point: PointFigures, machine: Machine, console: Console) -> None:
     """The table of a point, and what must be known to read it."""
     console.print(f"\n[bold]{title(point)}[/]", highlight=False)
     load = f"{machine.processor}, {machine.cores} cores, load {machine.load:.1f} at the start"
-    console.print(f"{about_compute(point)}; {load}", highlight=False)
+    console.print(f"{about_compute(point)}; {load}", highlight=False, soft_wrap=True)
     console.print(_table(point))
     if len(point.cases) > 1 and any(speedups(case, point) for case in point.cases):
         console.print("", _speedup_table(point), sep="\n")
     for name, reason in point.left_out.items():
-        console.print(f"{name} is left out: {reason}", markup=False, highlight=False)
+        console.print(f"{name} is left out: {reason}", markup=False, highlight=False, soft_wrap=True)
     if point.is_void:
         percent = (point.compute_ms / point.nominal_compute_ms - 1) * 100
         words = f"compute alone took {percent:.1f} % longer than it should, so the machine was too busy"

@@ -42,8 +42,8 @@ def run(config: FabricRoot) -> None:
         report.save(folder)
         (folder / "picture.svg").write_text(picture.draw(report))
     for line in about_peers(report):
-        console.print(line, markup=False, highlight=False)
-    console.print(f"\n{folder / 'result.json'}, {folder / 'picture.svg'}", highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\n{folder / 'result.json'}, {folder / 'picture.svg'}", highlight=False, soft_wrap=True)
 
 
 def _tell(status: Status, of: str, what: str) -> None:
