@@ -252,7 +252,7 @@ class Corpus:
 class DataConfig:
     """Give either `path` or `blend`."""
 
-    # Text (.txt .md ...), .jsonl, .parquet, a directory of these, a Hugging Face dataset, the prefix of a .bin/.idx pair.
+    # Text (.txt, .md ...), .jsonl, .parquet, a directory of these, a Hugging Face dataset, a prefix of .bin/.idx files.
     path: str | None = None
     blend: tuple[Corpus, ...] = ()
     # "bytes" (256 byte values and one end-of-document token) or the path of a `tokenizers` JSON file.
