@@ -1,6 +1,6 @@
 """Memory of a training step when one rank's experts take all tokens of all ranks, with and without chunks.
 
-    python scripts/bench_skew.py [--ranks 2] [--tokens 4096] [--chunks 0,2048,512] [--compute-dtype float32]
+    python scripts/bench_skew.py [--ranks 4] [--tokens 2048] [--chunks 0,1024] [--compute-dtype bfloat16]
 
 The router's bias sends every token to the first experts, which lie on rank 0. Each case runs in fresh processes; the
 peak is the largest resident memory of a rank less what it held before its first step. Rows are counted where the
@@ -117,10 +117,10 @@ def measure(args: argparse.Namespace, case: Case) -> list[tuple[int, float, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=4096, help="of a rank, in one micro-batch")
-    parser.add_argument("--chunks", default="0,2048,512", help="rows; 0: all at once")
-    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=2048, help="of a rank, in one micro-batch")
+    parser.add_argument("--chunks", default="0,1024", help="rows; 0: all at once")
+    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--dispatch", default="rank")
     args = parser.parse_args()
     pairs = args.tokens * args.ranks * MODEL.experts_per_token
