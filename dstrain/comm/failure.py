@@ -79,8 +79,8 @@ def explain(error: PeerError, rank: int) -> PeerError:
     # torchrun ends all ranks as soon as one has left; what this one knows is still to be said.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # The store is rank 0's, unless torchrun keeps it: it leaves last.
-    keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    grace_s = 2 * GRACE_S if keeps_store else GRACE_S
+    rank_0_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    grace_s = 2 * GRACE_S if rank == 0 and rank_0_keeps_store else GRACE_S
     said: dict[int, list[int]] = {}
     listener = threading.Thread(target=_listen, args=(rank, error, said, grace_s), daemon=True)
     listener.start()
@@ -89,6 +89,8 @@ def explain(error: PeerError, rank: int) -> PeerError:
     told = f"rank {rank}: {error}"
     if culprits and not set(culprits) >= set(error.suspects):
         told += f" The first to fail was {names(culprits)}: others waited for it, and it has not said a word."
+    elif rank not in said and rank_0_keeps_store and 0 not in (rank, *error.suspects):
+        told += " Rank 0, which keeps the store of the launch, does not answer either."
     elif 1 < len(error.suspects) != len(culprits) > 0:
         told += f" Nothing was heard of {names(culprits)}."
     return PeerError(told, culprits or error.suspects)
