@@ -103,9 +103,9 @@ class _Samples:
 def measure(config: FabricRoot, cases: Sequence[Case], left_out: dict[str, str], say: Say) -> PointFigures:
     """One point: `config` has none itself."""
     work = workload(config)
-    flat_ms = theory.line_ms(theory.traffic(work, FLAT).busiest(*Way), config.rate_mbit)
+    fabric = Fabric(config.nodes, config.rate_mbit, config.burst_kib << 10, config.loopback_mbit, config.mtu)
+    flat_ms = theory.line_ms(theory.traffic(work, FLAT).busiest(*Way), config.rate_mbit, config.mtu)
     nominal_ms = flat_ms / config.flat_ratio if config.compute == "emulated" else 0.0
-    fabric = Fabric(config.nodes, config.rate_mbit, config.burst_kib << 10, config.loopback_mbit)
     samples: dict[Case | None, _Samples] = {case: _Samples() for case in [None, *cases]}
     with Testbed(fabric) as testbed, Launch(testbed, config.ranks_per_node, config.timeout_s) as launch:
         say("building")
@@ -156,7 +156,7 @@ def _table(case: Case | None, config: FabricRoot, work: Workload, forward_ms: fl
     if config.order == "measured":
         costs = _typical(launch.request(Timing(case, tuple(plain))))
     else:
-        costs = theory.costs(work, case, forward_ms, config.rate_mbit, config.loopback_mbit)
+        costs = theory.costs(work, case, forward_ms, launch.testbed.fabric)
     return planned(work.blocks, work.micro_batches, case.in_flight, costs)
 
 

@@ -81,6 +81,7 @@ def title(point: PointFigures) -> str:
         f"{config.nodes} nodes x {config.ranks_per_node} ranks",
         f"{config.rate_mbit:g} Mbit",
         f"burst {config.burst_kib} KiB",
+        f"MTU {config.mtu}" if config.mtu != 1500 else "",
         f"{config.loopback_mbit:g} Mbit inside" if config.loopback_mbit else "",
         f"top {config.experts_per_token} of {config.num_experts} experts",
         f"at most {config.route_nodes} nodes a token" if config.route_nodes else "",

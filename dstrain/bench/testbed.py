@@ -69,6 +69,7 @@ class Fabric:
     burst_bytes: int = 32 << 10
     # Rate of the link inside a node; None: as fast as the kernel copies.
     loopback_mbit: float | None = None
+    mtu: int = 1500
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,8 @@ class Testbed:
     def _add_node(self, node: int) -> None:
         name, port = self._node(node), f"port{node}"
         _namespace(name)
-        _ip("-n", self._switch, "link", "add", port, "type", "veth", "peer", "name", CARD, "netns", name)
+        mtu = ("mtu", str(self.fabric.mtu))
+        _ip("-n", self._switch, "link", "add", port, *mtu, "type", "veth", "peer", "name", CARD, *mtu, "netns", name)
         _ip("-n", self._switch, "link", "set", port, "master", BRIDGE, "up")
         _ip("-n", name, "address", "add", f"{self.address(node)}/{PREFIX_BITS}", "dev", CARD)
         _ip("-n", name, "link", "set", CARD, "up")

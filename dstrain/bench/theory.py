@@ -5,14 +5,15 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from dstrain.bench.case import Case
+from dstrain.bench.testbed import Fabric
 from dstrain.bench.workload import SHARES, Workload, all_routes
 from dstrain.mesh.topology import Link
 from dstrain.plan.traffic import Message, Rows, Way, exact
 from dstrain.schedule.action import Pass, Phase
 from dstrain.schedule.simulate import Costs
 
-# A full frame of Ethernet over the payload in it (TCP with time stamps): what a line rate leaves to rows.
-LINE_SHARE = 1514 / 1448
+# Of a frame: Ethernet's header, and what IP and TCP (with time stamps) take of the MTU.
+FRAME_BYTES, HEADER_BYTES = 14, 52
 COMPUTE_DTYPE = "bfloat16"
 # A way as the planner names it.
 PLANNED = {
@@ -61,7 +62,7 @@ def traffic(work: Workload, case: Case) -> Traffic:
     return total
 
 
-def costs(work: Workload, case: Case, forward_ms: float, rate_mbit: float, loopback_mbit: float | None) -> Costs:
+def costs(work: Workload, case: Case, forward_ms: float, fabric: Fabric) -> Costs:
     """Nominal times of a block's work and of a micro-batch's transfers, for the planner."""
     blocks, bytes_ = range(work.blocks), traffic(work, case)
     compute_ms = {
@@ -70,16 +71,18 @@ def costs(work: Workload, case: Case, forward_ms: float, rate_mbit: float, loopb
     compute_ms |= {(work_, Phase.ATTEND, work.blocks): 0.0 for work_ in Pass}
     transfer_ms: dict[tuple[Pass, str, int], float] = {}
     for way, (work_, name) in PLANNED.items():
-        across_ms = line_ms(bytes_.busiest(way), rate_mbit)
-        inside_ms = line_ms(bytes_.busiest_inside(way), loopback_mbit) if loopback_mbit else 0.0
+        across_ms = line_ms(bytes_.busiest(way), fabric.rate_mbit, fabric.mtu)
+        # The loopback's packets are so large that their headers don't count.
+        inside_ms = bytes_.busiest_inside(way) * 8e-3 / fabric.loopback_mbit if fabric.loopback_mbit else 0.0
         each_ms = max(across_ms, inside_ms) / (work.blocks * work.micro_batches)
         transfer_ms |= {(work_, name, block): each_ms for block in blocks}
     return Costs(compute_ms, transfer_ms)
 
 
-def line_ms(payload_bytes: float, rate_mbit: float) -> float:
-    """Time of a payload on a line of that rate."""
-    return payload_bytes * LINE_SHARE * 8 / rate_mbit / 1e3
+def line_ms(payload_bytes: float, rate_mbit: float | None, mtu: int) -> float:
+    """Time of a payload in full frames on a line of that rate; 0 without a limit."""
+    frames = (mtu + FRAME_BYTES) / (mtu - HEADER_BYTES)
+    return payload_bytes * frames * 8e-3 / rate_mbit if rate_mbit else 0.0
 
 
 def _messages(work: Workload, kind: str) -> list[Message]:

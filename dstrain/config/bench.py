@@ -43,6 +43,8 @@ class FabricRoot:
     rate_mbit: float = 200.0
     # What a card may send at once after a pause. Small (32) for times; at least 80 for bytes that are right to 1%.
     burst_kib: int = 32
+    # Bytes of a packet. Jumbo frames (9000) take a sixth of the processor time: the more ranks, the more that matters.
+    mtu: int = 1500
     # Rate of the link inside a node; null: as fast as the machine copies.
     loopback_mbit: float | None = None
     # emulated (sleeps that stand for an accelerator) | none (transfers alone) | real (a small model in BF16 on this
@@ -99,8 +101,12 @@ def _check_point(config: FabricRoot) -> None:
     need(config.nodes <= MAX_NODES, ("nodes", config.nodes), rule, "Lower it.")
     at_least(config, 1, "ranks_per_node", "hidden_size", "num_experts", "experts_per_token", "tokens")
     at_least(config, 1, "num_blocks", "micro_batches", "rounds", "steps")
+    at_least(config, 1280, "mtu")
     # A bucket smaller than a frame lets nothing pass.
-    at_least(config, 2, "burst_kib")
+    least = config.mtu // 1024 + 1
+    rule = f"a packet of mtu={config.mtu} bytes must fit"
+    need(config.burst_kib >= least, ("burst_kib", config.burst_kib), rule, f"Set it to {least} or more.")
+    need(config.mtu <= 65521, ("mtu", config.mtu), "no packet is larger than 65521", "9000 is usual for jumbo frames.")
     at_least(config, 0, "route_skew", "seed")
     above_zero(config, "rate_mbit", "flat_ratio", "timeout_s")
     if config.loopback_mbit is not None:

@@ -60,7 +60,12 @@ def test_real_compute_and_a_measured_order():
     config = FabricRoot(
         ranks_per_node=1, hidden_size=64, tokens=32, num_experts=4, experts_per_token=2, micro_batches=2, rounds=1
     )
-    point = measure(FabricRoot(**{**vars(config), "compute": "real", "order": "measured", "steps": 1}), [parse("rank")], {}, lambda _: None)
+    point = measure(
+        FabricRoot(**{**vars(config), "compute": "real", "order": "measured", "steps": 1}),
+        [parse("rank")],
+        {},
+        lambda _: None,
+    )
     assert point.compute_ms > 0
     assert point.cases[0].step_ms > 0
     assert not point.is_void

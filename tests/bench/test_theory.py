@@ -2,6 +2,7 @@
 
 from dstrain.bench import theory
 from dstrain.bench.case import parse
+from dstrain.bench.testbed import Fabric
 from dstrain.bench.workload import SHARES, Workload, all_routes
 from dstrain.plan.traffic import Way
 from dstrain.schedule.action import Pass, Phase
@@ -36,12 +37,12 @@ def test_fp8_shrinks_rows_out_and_not_home():
 
 def test_costs_are_those_of_a_micro_batch_and_block():
     case = parse("hierarchical/fp8")
-    costs = theory.costs(WORK, case, 10.0, 100.0, None)
+    costs = theory.costs(WORK, case, 10.0, Fabric(2, 100.0))
     assert sum(costs.compute_ms[Pass.WEIGHT, phase, 1] for phase in Phase) == 10.0
     assert costs.compute_ms[Pass.FORWARD, Phase.SHARED, 0] == 10.0 * SHARES[Phase.SHARED]
     whole = sum(costs.transfer_ms.values()) * WORK.micro_batches
-    least = theory.line_ms(theory.traffic(WORK, case).busiest(*Way), 100.0)
+    least = theory.line_ms(theory.traffic(WORK, case).busiest(*Way), 100.0, 1500)
     assert least <= whole < 1.05 * least
     # A loopback as slow as that takes longer than the network.
-    slow = theory.costs(WORK, case, 10.0, 100.0, 50.0)
+    slow = theory.costs(WORK, case, 10.0, Fabric(2, 100.0, loopback_mbit=50.0))
     assert all(slow.transfer_ms[way] > costs.transfer_ms[way] for way in costs.transfer_ms)
