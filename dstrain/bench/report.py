@@ -17,6 +17,8 @@ from dstrain.bench.fabric import CaseFigures, PointFigures
 from dstrain.bench.peers.contract import Facts
 
 BASELINE = Case("alltoall").name
+# How far bytes may be from theory.
+MOST_BYTES_OFF = 0.01
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,22 @@ def show(point: PointFigures, machine: Machine, console: Console) -> None:
         console.print("", _speedup_table(point), sep="\n")
     for name, reason in point.left_out.items():
         console.print(f"{name} is left out: {reason}", markup=False, highlight=False, soft_wrap=True)
+    for line in verdicts(point):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def verdicts(point: PointFigures) -> list[str]:
+    """Whether bytes are right and times are worth anything."""
+    shares = {case.name: case.over_theory for case in point.cases if case.over_theory is not None}
+    wrong = {name: share for name, share in shares.items() if abs(share - 1) > MOST_BYTES_OFF}
+    lines = [f"[bold yellow]{name} sent {share:.4f} times what its routes demand.[/]" for name, share in wrong.items()]
+    if shares and not wrong:
+        lines.append(f"Bytes are within {MOST_BYTES_OFF:.0%} of theory in every case of ours.")
     if point.is_void:
         percent = (point.compute_ms / point.nominal_compute_ms - 1) * 100
         words = f"compute alone took {percent:.1f} % longer than it should, so the machine was too busy"
-        console.print(f"[bold yellow]These figures are void:[/] {words}.", highlight=False)
+        lines.append(f"[bold yellow]These figures are void:[/] {words}.")
+    return lines
 
 
 def _table(point: PointFigures) -> Table:

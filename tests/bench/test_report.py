@@ -88,6 +88,13 @@ def test_the_table_says_what_was_measured_and_what_was_not(report: Report):
     assert "void" not in text
 
 
+def test_wrong_bytes_are_named(report: Report, point: PointFigures):
+    assert "Bytes are within 1% of theory" in shown(report, 0)
+    point.cases[1] = replace(point.cases[1], theory_bytes=round(point.cases[1].sent_bytes / 1.02))
+    assert "alltoall/bfloat16/block sent 1.0200 times what its routes demand" in shown(report, 0)
+    assert "within 1%" not in shown(report, 0)
+
+
 def test_a_busy_machine_makes_figures_void(report: Report):
     assert "compute alone took 14.0 % longer than it should" in shown(report, 1)
 
