@@ -158,7 +158,7 @@ COMPLETED = [
     ("dstrain ", {"train", "verify", "generate", "export", "import", "tokenize", "bench", "completion"}),
     ("dstrain tr", {"train"}),
     ("dstrain bench ", {"fabric"}),
-    ("dstrain bench fabric ro", {"rounds=", "route_nodes=", "route_skew="}),
+    ("dstrain bench fabric route_", {"route_nodes=", "route_skew="}),
     ("dstrain train mod", {"model=", "model."}),
     ("dstrain train model=ti", {"model=tiny"}),
     ("dstrain train +exp", {"+experiment="}),

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from xml.sax.saxutils import escape
 
 from dstrain.bench.fabric import CaseFigures, PointFigures
-from dstrain.bench.report import Report, about_compute, title
+from dstrain.bench.report import Report, about_compute, about_routes, title
 
 WIDTH, MARGIN = 960, 24
 LABELS, FIGURES = 210, 250
 BAR, GAP = 18, 8
-HEAD, FOOT, LEGEND = 62, 26, 40
+HEAD, FOOT, LEGEND = 78, 26, 40
 # The width of a bar as long as the longest.
 SCALE = WIDTH - 2 * MARGIN - LABELS - FIGURES
 
@@ -54,7 +54,8 @@ def _legend() -> Iterator[str]:
 def _point(point: PointFigures, y: float) -> Iterator[str]:
     void = " (void: the machine was too busy)" if point.is_void else ""
     yield _text(MARGIN, y + 22, title(point), "text title")
-    yield _text(MARGIN, y + 42, about_compute(point) + void, "faint")
+    yield _text(MARGIN, y + 41, about_routes(point), "faint")
+    yield _text(MARGIN, y + 59, about_compute(point) + void, "faint")
     longest_ms = max(case.step_ms for case in point.cases)
     for number, case in enumerate(point.cases):
         yield from _bar(case, point.compute_ms, SCALE / longest_ms, y + HEAD + number * (BAR + GAP))

@@ -77,7 +77,7 @@ def speedups(case: CaseFigures, point: PointFigures) -> dict[str, float]:
 
 
 def title(point: PointFigures) -> str:
-    """What was measured, in one line."""
+    """The network."""
     config = point.config
     parts = [
         f"{config.nodes} nodes x {config.ranks_per_node} ranks",
@@ -85,10 +85,19 @@ def title(point: PointFigures) -> str:
         f"burst {config.burst_kib} KiB",
         f"MTU {config.mtu}" if config.mtu != 1500 else "",
         f"{config.loopback_mbit:g} Mbit inside" if config.loopback_mbit else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def about_routes(point: PointFigures) -> str:
+    """What travels on it."""
+    config = point.config
+    parts = [
+        f"{config.num_blocks} blocks, {config.micro_batches} micro-batches of {config.tokens} tokens a rank",
+        f"hidden size {config.hidden_size}",
         f"top {config.experts_per_token} of {config.num_experts} experts",
         f"at most {config.route_nodes} nodes a token" if config.route_nodes else "",
         f"skew {config.route_skew:g}" if config.route_skew else "",
-        f"{config.micro_batches} micro-batches",
     ]
     return ", ".join(filter(None, parts))
 
@@ -109,7 +118,8 @@ def show(point: PointFigures, machine: Machine, console: Console) -> None:
     """The table of a point, and what must be known to read it."""
     console.print(f"\n[bold]{title(point)}[/]", highlight=False)
     load = f"{machine.processor}, {machine.cores} cores, load {machine.load:.1f} at the start"
-    console.print(f"{about_compute(point)}; {load}", highlight=False, soft_wrap=True)
+    for line in (about_routes(point), about_compute(point), load):
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(_table(point))
     if len(point.cases) > 1 and any(speedups(case, point) for case in point.cases):
         console.print("", _speedup_table(point), sep="\n")

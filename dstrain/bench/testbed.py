@@ -242,12 +242,17 @@ def _namespaces() -> list[str]:
 
 def _delete(name: str) -> None:
     """Ends what runs in a namespace of ours, and removes it: processes that outlive their links would hang."""
-    deadline = time.monotonic() + END_WAIT_S
-    while time.monotonic() < deadline and (pids := _ip("netns", "pids", name).split()):
-        for pid in pids:
-            _signal(os.kill, int(pid), signal.SIGKILL)
-        time.sleep(0.01)
-    _ip("netns", "delete", name)
+    try:
+        deadline = time.monotonic() + END_WAIT_S
+        while time.monotonic() < deadline and (pids := _ip("netns", "pids", name).split()):
+            for pid in pids:
+                _signal(os.kill, int(pid), signal.SIGKILL)
+            time.sleep(0.01)
+        _ip("netns", "delete", name)
+    except UserError:
+        # Another run may be removing the same leftovers.
+        if name in _namespaces():
+            raise
 
 
 def _end(processes: Sequence[subprocess.Popen[Any]]) -> None:
