@@ -44,7 +44,7 @@ class Transformer(nn.Module):
         )
         self.norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
         if not model.tie_embeddings:
-            self.head = Linear(model.hidden_size, model.vocab_size)
+            self.head = Linear(model.hidden_size, model.vocab_size, shared=True)
         # An MTP layer is built like the last layer of the model.
         mtp_moe = model.num_dense_layers < model.num_layers
         self.mtp = nn.ModuleList(
@@ -54,7 +54,7 @@ class Transformer(nn.Module):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The head: [..., D] -> [..., V]."""
-        return linear(hidden, self.embed.weight) if self.config.tie_embeddings else self.head(hidden)
+        return linear(hidden, self.embed.weight, shared=True) if self.config.tie_embeddings else self.head(hidden)
 
     def routers(self) -> Iterator[tuple[str, Router]]:
         """The routers with their logical names, in the order of `StepLoss.reports`."""

@@ -13,9 +13,12 @@ from torch.nn import functional as F
 from dstrain.precision.weight_gradients import WeightGradients, used
 
 
-def linear(x: Tensor, weight_MK: Tensor) -> Tensor:
-    """x @ weight.T, [..., K] -> [..., M]; bit by bit F.linear, forward and backward."""
-    gradients = used(weight_MK)
+def linear(x: Tensor, weight_MK: Tensor, *, shared: bool = False) -> Tensor:
+    """x @ weight.T, [..., K] -> [..., M]; bit by bit F.linear, forward and backward.
+
+    `shared`: the weight may be used more than once in a micro-batch.
+    """
+    gradients = used(weight_MK, shared=shared)
     return F.linear(x, weight_MK) if gradients is None else _Linear.apply(x, weight_MK, gradients)
 
 
@@ -53,17 +56,18 @@ class _Use(torch.autograd.Function):
 class Linear(nn.Linear):
     """nn.Linear without bias, through `linear`."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, *, shared: bool = False):
         super().__init__(in_features, out_features, bias=False)
+        self.shared = shared
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return linear(x, self.weight, shared=self.shared)
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding, [...] -> [..., D]; its weight may be used elsewhere, too."""
+    """nn.Embedding, [...] -> [..., D], whose weight may be used more than once in a micro-batch."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        gradients = used(self.weight)
+        gradients = used(self.weight, shared=True)
         weight_VD = self.weight if gradients is None else _Use.apply(self.weight, gradients)
         return F.embedding(tokens, weight_VD)

@@ -5,7 +5,7 @@ later, while compute would wait for the network? And is it complete: a weight th
 and the head with multi-token prediction) has one gradient per micro-batch, not one per piece. A `WeightGradients`
 answers both for one micro-batch; without an active one, autograd computes every gradient in its place.
 
-    with gradients.active():                  the functions of this package report every use of a weight
+    with gradients.active(forward=True):      the functions of this package report every use of a weight
         forward pass
     with gradients.active(later=jobs):        backward pass for inputs; what it leaves is appended to `jobs`
         torch.autograd.backward(...)
@@ -56,25 +56,28 @@ class _Sum:
 
 
 class WeightGradients:
-    """Of one micro-batch."""
+    """Of one micro-batch. Without `defers`, gradients are computed in their places, and only those of weights that
+    several pieces share pass through here."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, defers: bool) -> None:
+        self.defers = defers
         self._sums: dict[Tensor, _Sum] = {}
-        # Where the backward pass leaves what it doesn't compute; None: it computes everything.
-        self._later: list[Job] | None = None
+        # Where the backward pass leaves what it doesn't compute.
+        self._later: list[Job] = []
         self._counts = False
 
     @contextmanager
     def active(self, *, forward: bool = False, later: list[Job] | None = None) -> Iterator[None]:
-        """Work inside is a forward pass, or else a backward pass; recomputation inside the latter counts no uses."""
+        """Work inside is a forward pass, or else a backward pass that leaves its jobs in `later`; recomputation inside
+        the latter counts no uses."""
         global _active
         before, _active = _active, self
-        self._counts, self._later = forward, later
+        self._counts, self._later = forward, [] if later is None else later
         try:
             yield
         finally:
             _active = before
-            self._counts, self._later = False, None
+            self._counts = False
 
     def used(self, weight: Tensor) -> None:
         if self._counts:
@@ -86,7 +89,7 @@ class WeightGradients:
         turn, found.met = found.met, found.met + 1
         if found.met == found.uses:
             del self._sums[weight]
-        if self._later is not None:
+        if self.defers:
             self._later.append(partial(_deliver, weight, found, turn, compute))
             return None
         return found.take() if found.add(turn, compute()) else None
@@ -101,9 +104,14 @@ class WeightGradients:
 _active: WeightGradients | None = None
 
 
-def used(weight: Tensor) -> WeightGradients | None:
-    """Announces a use of `weight` in a forward pass; what will take its gradient, None for autograd."""
+def used(weight: Tensor, *, shared: bool = False) -> WeightGradients | None:
+    """Announces a use of `weight` in a forward pass; what will take its gradient, None for autograd.
+
+    `shared`: there are other uses in the micro-batch, maybe in other pieces.
+    """
     if _active is None or not weight.requires_grad or not torch.is_grad_enabled():
+        return None
+    if not (shared or _active.defers):
         return None
     _active.used(weight)
     return _active

@@ -21,12 +21,17 @@ from enum import Enum
 
 
 class Phase(Enum):
+    # That of an object instead of Enum's, which is computed in Python: tables are looked up all the time.
+    __hash__ = object.__hash__
+
     ATTEND = "attend"
     SHARED = "shared"
     EXPERTS = "experts"
 
 
 class Pass(Enum):
+    __hash__ = object.__hash__
+
     FORWARD = "F"
     BACKWARD = "B"
     WEIGHT = "W"

@@ -12,7 +12,7 @@ from statistics import fmean
 import torch
 import torch.distributed as dist
 
-from dstrain.comm.trace import CommTotals
+from dstrain.comm.trace import CommTotals, Label, Span
 from dstrain.config.schema import Config
 from dstrain.mesh.groups import Groups
 from dstrain.schedule.order import fixed, planned
@@ -116,8 +116,16 @@ def timed(comm: CommTotals, blocks: int) -> Costs:
     The step has run the sequential order, with spans kept and weight gradients apart.
     """
     times_ms: defaultdict[tuple[str, str | None, int | None], list[float]] = defaultdict(list)
+    waits: defaultdict[Label, list[Span]] = defaultdict(list)
     for span in comm.spans:
-        times_ms[span.name, span.label.direction, span.label.block].append((span.end_s - span.start_s) * 1e3)
+        if span.name.startswith("wait "):
+            waits[span.label].append(span)
+    for span in comm.spans:
+        # In the backward pass compute waits inside its span.
+        inside = [w for w in waits[span.label] if span.start_s <= w.start_s and w.end_s <= span.end_s]
+        waited_s = sum(wait.end_s - wait.start_s for wait in inside)
+        place = (span.name, span.label.direction, span.label.block)
+        times_ms[place].append((span.end_s - span.start_s - waited_s) * 1e3)
     for transfer in comm.transfers:
         if transfer.end_s is not None:
             place = (transfer.kind, transfer.label.direction, transfer.label.block)

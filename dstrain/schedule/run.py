@@ -8,10 +8,9 @@ it, the action that has computed what travels starts it:
     B attend n    wait for the gradient of dispatch n | stretch n backward, whose last act starts the gradient of
                   combine n - 1 | its weight gradients, unless they are left to W attend n
 
-A dispatcher's start is a piece by itself, entered before and left behind its handle's token: its backward pass is the
-waiting, apart from the compute. Gradients are bit by bit those of the whole graph, in whatever order the table runs:
-within a piece autograd keeps the order of the whole graph, what comes out of a cut comes first as it does there, and
-precision/weight_gradients.py adds up what pieces share.
+Gradients are bit by bit those of the whole graph, in whatever order the table runs: within a piece autograd keeps the
+order of the whole graph, what comes out of a cut comes first as it does there, and precision/weight_gradients.py adds
+up what pieces share. In the forward pass waiting lies between the spans of compute, in the backward pass inside them.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +19,6 @@ from typing import Any, Generic
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dstrain.comm.trace import Trace
@@ -49,6 +47,8 @@ def run(
     check(table, blocks, len(walks))
     courses = [_Course(walk, blocks, defer_weights, trace) for walk in walks]
     for action in table:
+        if action.work is Pass.WEIGHT and not defer_weights:
+            continue
         direction = DIRECTIONS[action.work]
         with trace.at(block=action.block, micro_batch=action.micro_batch, direction=direction):
             courses[action.micro_batch].run(action)
@@ -80,7 +80,6 @@ class _Enter(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
         ctx.cut.grad = grad
         return None, None, None
@@ -101,8 +100,6 @@ class _Piece:
 
     ends: Sequence[Cut] = ()
     roots: Sequence[Tensor] = ()
-    # Where the graph of the transfer ends that the action starts.
-    token: Cut | None = None
     weights: list[Job] = field(default_factory=list)
 
 
@@ -132,10 +129,12 @@ class _Course(Generic[Result]):
     defer_weights: bool
     trace: Trace
     result: Result = field(init=False)
-    _gradients: WeightGradients = field(default_factory=WeightGradients)
     _walk: PhasedWalk[Result] | None = None
     _passage: _Passage | None = None
     _pieces: dict[tuple[Phase, int], _Piece] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._gradients = WeightGradients(defers=self.defer_weights)
 
     def run(self, action: Action) -> None:
         place = (action.phase, action.block)
@@ -143,7 +142,7 @@ class _Course(Generic[Result]):
             with self._gradients.active(forward=True):
                 self._pieces[place] = self._forward(*place)
         elif action.work is Pass.BACKWARD:
-            self._backward(action.phase, self._pieces[place])
+            self._backward(action.phase, self._pieces[place] if self.defer_weights else self._pieces.pop(place))
             if place == (Phase.ATTEND, 0):
                 self._gradients.check_complete()
         else:
@@ -177,14 +176,10 @@ class _Course(Generic[Result]):
         return stream_BTD + home_TD.view_as(stream_BTD)
 
     def _depart(self, block: PhasedBlock) -> _Piece:
-        attended, route = block.attended, block.attended.route
-        stream, normed = Cut(attended.x_BTD), Cut(attended.normed_BTD)
-        rows, weights = Cut(attended.normed_BTD), Cut(route.weights_TK)
-        sent = replace(attended, normed_BTD=rows.enter(), route=replace(route, weights_TK=weights.enter()))
-        handle = block.layer.dispatch(sent)
-        self._passage = _Passage(block.layer, attended, stream, normed, handle, Cut(handle.token))
-        # The whole graph adds the gradients of `normed_BTD` in this order, too.
-        return _Piece((stream, normed, rows, weights), block.roots, self._passage.token)
+        attended, handle = block.attended, block.layer.dispatch(block.attended)
+        stream, normed, token = Cut(attended.x_BTD), Cut(attended.normed_BTD), Cut(handle.token)
+        self._passage = _Passage(block.layer, attended, stream, normed, handle, token)
+        return _Piece((stream, normed, token), block.roots)
 
     def _shared(self, passage: _Passage) -> _Piece:
         attended = replace(passage.attended, x_BTD=passage.stream.enter(), normed_BTD=passage.normed.enter())
@@ -195,18 +190,14 @@ class _Course(Generic[Result]):
     def _experts(self, passage: _Passage) -> _Piece:
         arrived = passage.wait()
         with self.trace.computing("experts"):
-            rows = Cut(passage.layer.experts(arrived))
-            passage.handle = passage.layer.combine(rows.enter(), arrived)
+            passage.handle = passage.layer.combine(passage.layer.experts(arrived), arrived)
             passage.token = Cut(passage.handle.token)
-        return _Piece((rows,), token=passage.token)
+        return _Piece((passage.token,))
 
     def _backward(self, phase: Phase, piece: _Piece) -> None:
-        with self._gradients.active(later=piece.weights if self.defer_weights else None):
-            if piece.token is not None:
-                _differentiate([piece.token])
-            with self.trace.computing(phase.value):
-                _differentiate(piece.ends, piece.roots)
-        piece.ends, piece.roots, piece.token = (), (), None
+        with self._gradients.active(later=piece.weights), self.trace.computing(phase.value):
+            _differentiate(piece.ends, piece.roots)
+        piece.ends, piece.roots = (), ()
 
     def _weight(self, phase: Phase, piece: _Piece) -> None:
         piece.weights.reverse()

@@ -40,7 +40,7 @@ def test_gradients_of_inputs_and_weights_take_as_long_as_the_forward_pass(clock:
 
 
 def test_weight_gradients_wait_for_their_turn(clock: Clock):
-    compute, gradients, later = Emulated(clock, forward_ms=20.0, blocks=1), WeightGradients(), []
+    compute, gradients, later = Emulated(clock, forward_ms=20.0, blocks=1), WeightGradients(defers=True), []
     x = torch.randn(3, 4, requires_grad=True)
     with gradients.active(forward=True):
         y = compute.experts(x, [3], 0)

@@ -49,12 +49,11 @@ def test_no_rows():
 @pytest.mark.parametrize("deferred", [False, True])
 def test_weight_gradients_go_where_they_are_wanted(deferred: bool):
     expected = results(whole, torch.float32, COUNTS[0])
-    gradients, jobs = WeightGradients(), []
+    gradients, jobs = WeightGradients(defers=deferred), list[Job]()
     rows, gate_up, down = inputs(torch.float32)
     with gradients.active(forward=True):
         out = chunked_experts(rows, gate_up, down, torch.tensor(COUNTS[0]), 4)
-    later: list[Job] | None = jobs if deferred else None
-    with gradients.active(later=later):
+    with gradients.active(later=jobs):
         out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
     gradients.check_complete()
     assert torch.allclose(rows.grad, expected[1], atol=1e-6)

@@ -54,10 +54,10 @@ def test_the_gradients_are_those_of_autograd(name: str, later: bool, dtype: torc
     y = use(x, weight)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = torch.autograd.grad(y, (x, weight), grad)
-    gradients, found = WeightGradients(), arrivals(weight)
+    gradients, found = WeightGradients(defers=later), arrivals(weight)
     with gradients.active(forward=True):
         y = use(x, weight)
-    with gradients.active(later=jobs if later else None):
+    with gradients.active(later=jobs):
         (grad_x,) = torch.autograd.grad(y, x, grad) if later else (None,)
         if not later:
             y.backward(grad)
@@ -82,11 +82,11 @@ def test_a_tied_weight_gets_one_gradient():
     embedding, tokens = Embedding(5, 8), torch.tensor([[1, 3, 1]])
     expected = F.linear(F.embedding(tokens, embedding.weight), embedding.weight).sin().sum()
     (expected,) = torch.autograd.grad(expected, embedding.weight)
-    gradients, found = WeightGradients(), arrivals(embedding.weight)
+    gradients, found = WeightGradients(defers=False), arrivals(embedding.weight)
     with gradients.active(forward=True):
         x = embedding(tokens)
         cut = x.detach().requires_grad_()
-        loss = linear(cut, embedding.weight).sin().sum()
+        loss = linear(cut, embedding.weight, shared=True).sin().sum()
     with gradients.active():
         loss.backward()
         assert not found
@@ -97,7 +97,7 @@ def test_a_tied_weight_gets_one_gradient():
 
 def test_what_comes_early_is_added_in_its_turn():
     """Rounding tells the orders apart."""
-    weight, gradients, jobs = parameter(1), WeightGradients(), list[Job]()
+    weight, gradients, jobs = parameter(1), WeightGradients(defers=True), list[Job]()
     found = arrivals(weight)
     parts = [torch.tensor([part]) for part in (1e8, 1.0, -1e8)]
     with gradients.active(forward=True):
@@ -113,7 +113,7 @@ def test_what_comes_early_is_added_in_its_turn():
 
 
 def test_a_use_that_is_never_met_is_an_error():
-    gradients = WeightGradients()
+    gradients = WeightGradients(defers=True)
     with gradients.active(forward=True):
         linear(inputs(torch.float32), parameter(16, 8))
     with pytest.raises(RuntimeError, match=r"shape \(16, 8\)"):
@@ -121,7 +121,7 @@ def test_a_use_that_is_never_met_is_an_error():
 
 
 def test_a_gradient_is_handed_over_without_a_copy():
-    weight, gradients, jobs, made = parameter(64), WeightGradients(), list[Job](), list[int]()
+    weight, gradients, jobs, made = parameter(64), WeightGradients(defers=True), list[Job](), list[int]()
     found = arrivals(weight)
 
     def compute() -> Tensor:

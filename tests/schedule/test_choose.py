@@ -51,11 +51,13 @@ def test_times_are_means_over_micro_batches():
     """Three blocks whose costs are known: a span or transfer for each, twice, a quarter off either way."""
     costs = even_costs(3, wire=2.0, last=1.0)
     spans, transfers = [], []
-    for action in sequential(3, 2):
+    for began, action in enumerate(sequential(3, 2)):
         label = Label(action.block, action.micro_batch, DIRECTIONS[action.work])
         factor = 1.25 - 0.5 * action.micro_batch
-        spans.append(Span(action.phase.value, label, 1.0, 1.0 + costs.of(action) * factor / 1e3))
-        spans.append(Span("wait dispatch", label, 1.0, 9.0))
+        # One wait before, one inside.
+        spans.append(Span("wait combine", label, began + 0.1, began + 0.2))
+        spans.append(Span("wait dispatch", label, began + 0.2, began + 0.6))
+        spans.append(Span(action.phase.value, label, began + 0.2, began + 0.6 + costs.of(action) * factor / 1e3))
         if (way := starts(action, 3)) is not None:
             label = Label(way.block, action.micro_batch, DIRECTIONS[way.work])
             transfers.append(Transfer(way.name, "ep", label, 2.0, 2.0 + costs.of(way) * factor / 1e3))
