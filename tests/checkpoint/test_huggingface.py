@@ -186,7 +186,8 @@ def test_mtp_modules_compute_what_those_of_transformers_do(tmp_path: Path, monke
     cos, sin = rotation(torch.arange(SEQ_LEN), WITH_MTP.qk_rope_head_dim, WITH_MTP.rope)
     for depth in (1, 2):
         ahead = batch[:, depth : depth + SEQ_LEN]
-        hidden, _ = ours.mtp[depth - 1](ours.embed(ahead), hidden, cos, sin)
+        module = ours.mtp[depth - 1]
+        hidden = module.norm(module.layer(module.join(ours.embed(ahead), hidden), cos, sin)[0])
         positions = torch.arange(depth, depth + SEQ_LEN)[None]
         their_hidden = their_mtp.forward_layer(depth - 1, their_hidden, positions, None, input_ids=ahead)
         assert_same_logits(ours.scores(hidden), theirs.lm_head(their_hidden), f"MTP depth {depth}")
