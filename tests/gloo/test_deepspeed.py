@@ -4,6 +4,7 @@ AdamW hides the scale of gradients; here eps is so large that an update is nearl
 reduced gradients themselves are compared.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -138,8 +139,13 @@ def run(config: Config, groups: Groups) -> Run:
     trainer.engine = Watched(trainer.engine)
     reports = [trainer.step() for _ in range(STEPS)]
     master = {name: shard for name, shard in trainer.engine.state().items() if name.startswith("master/")}
+    # The last gather goes on after the last step.
+    trainer.engine.settle()
+    sent: Counter[str] = Counter(groups.trace.take().sent_bytes)
+    for report in reports:
+        sent.update(report.comm.sent_bytes)
     losses, norms = [r.loss for r in reports], [r.grad_norm for r in reports]
-    return Run(losses, norms, trainer.engine.gradients, whole(master), reports[0].comm.sent_bytes)
+    return Run(losses, norms, trainer.engine.gradients, whole(master), sent)
 
 
 def run_all(groups: Groups, cases: dict[str, Config]) -> dict[str, Run]:
