@@ -135,6 +135,7 @@ def test_a_cut_cable(tmp_path: Path):
             said = [process.communicate(timeout=END_S)[1] for process in processes]
     for rank, (process, text) in enumerate(zip(processes, said, strict=True)):
         assert process.returncode == 2
-        lost = "[23]" if rank < 2 else "[01]"
-        found = re.search(rf"^dstrain: rank {rank}: (one of )?ranks? {lost}.* did not answer in .*step \d+", text, re.M)
+        found = re.search(rf"^dstrain: rank {rank}: .* did not answer in .*step \d+.*", text, re.M)
+        # It may have waited for its neighbour, who waited for the other side and is said to have failed first.
         assert found, text
+        assert re.search("ranks? [23]" if rank < 2 else "ranks? [01]", found.group()), text
