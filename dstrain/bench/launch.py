@@ -1,6 +1,7 @@
 """The ranks of a bench on the nodes of a testbed, and the pipes to them."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -87,13 +88,16 @@ class Launch:
         try:
             answer = pipe.recv()
         except (EOFError, ConnectionResetError):
-            log = (self.logs / f"{rank}").read_text(errors="replace").splitlines()[-LOG_LINES:]
-            raise RuntimeError(
-                "\n".join([f"rank {rank} of the bench died without a word; its log ends:", *log])
-            ) from None
+            raise RuntimeError(self._obituary(rank)) from None
         if isinstance(answer, Failure):
             raise RuntimeError(f"rank {rank} of the bench failed:\n{answer.trace}")
         return answer
+
+    def _obituary(self, rank: int) -> str:
+        status = self.processes[rank].wait(self.timeout_s)
+        cause = signal.Signals(-status).name if status < 0 else f"status {status}"
+        log = (self.logs / f"{rank}").read_text(errors="replace").splitlines()[-LOG_LINES:]
+        return "\n".join([f"rank {rank} of the bench died without a word ({cause}); its log ends:", *log])
 
 
 def _path() -> str:

@@ -87,7 +87,7 @@ def test_a_rank_that_fails_ends_the_bench_with_its_traceback():
 
 @needs_testbed
 def test_a_rank_that_dies_is_noticed():
-    with pytest.raises(RuntimeError, match="rank 1 of the bench died"):
+    with pytest.raises(RuntimeError, match=r"rank 1 of the bench died without a word \(SIGKILL\)"):
         ask(lambda launch: launch.processes[1].kill())
 
 
