@@ -139,7 +139,8 @@ def verdicts(point: PointFigures) -> list[str]:
     if point.is_void:
         percent = (point.compute_ms / point.nominal_compute_ms - 1) * 100
         words = f"compute alone took {percent:.1f} % longer than it should, so the machine was too busy"
-        lines.append(f"[bold yellow]These figures are void:[/] {words}.")
+        cure = "Stop other programs, or let the bench go first: `chrt -r 1 dstrain bench fabric ...`"
+        lines.append(f"[bold yellow]These figures are void:[/] {words}. {cure}")
     return lines
 
 
