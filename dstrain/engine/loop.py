@@ -24,7 +24,7 @@ from dstrain.engine.recipe import batch_sequences, bias_update_rate, learning_ra
 from dstrain.engine.state import FlatShard, Progress, Shards
 from dstrain.errors import SharedError
 from dstrain.mesh.groups import Groups
-from dstrain.model.layer import End, Walk
+from dstrain.model.layer import End, Walk, walk_whole
 from dstrain.model.loss import StepLoss
 from dstrain.model.transformer import Transformer
 from dstrain.plan.placement import Placement
@@ -161,7 +161,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.placer = Placer(self.config, self.groups, self.model, self.engine)
-        self.orders = Orders(self.config, self.groups, self.model.num_blocks)
+        # Where nothing travels, there is nothing to cut a graph for: the whole model is one stretch.
+        self.orders = Orders(self.config, self.groups, self.model.num_blocks if self.groups.ep else 0)
 
     def accumulate(self) -> _Sums:
         """Forward and backward over this rank's part of the next batch."""
@@ -171,20 +172,22 @@ class Trainer:
         # The data ranks are all ranks, and in their own group gradients are on the way at this time.
         sums = _Sums(len(todo), self.groups.world)
 
-        def walk(number: int, first: int, count: int) -> Walk[None]:
+        def start(number: int, first: int, count: int) -> Walk[None]:
             tokens_BS = self.batches(first, count).to(self.groups.place.device, non_blocking=True)
-            end = yield from self.model.walk(tokens_BS, sequences, weight)
+            walk = self.model.walk(tokens_BS, sequences, weight)
+            end = (yield from walk) if self.orders.blocks else walk_whole(walk)
             sums.add(number, end.result)
             return End(end.roots, None)
 
         self.engine.expect(len(todo))
-        self.forward_and_backward([partial(walk, number, *samples) for number, samples in enumerate(todo)])
+        self.forward_and_backward([partial(start, number, *samples) for number, samples in enumerate(todo)])
         return sums
 
     def forward_and_backward(self, walks: Sequence[Callable[[], Walk[None]]]) -> None:
         """Over the micro-batches of a step, in the order that suits these ranks."""
         table = self.orders.table(len(walks))
-        run(table, walks, self.groups.trace, defer_weights=self.orders.defers_weights)
+        # Weight gradients are put off only where compute has transfers to wait for.
+        run(table, walks, self.groups.trace, defer_weights=self.orders.blocks > 0)
 
     def step(self, *, stop: bool = False) -> StepReport:
         """One optimiser step. Raises SharedError when loss or gradient are not finite, before anything is updated."""

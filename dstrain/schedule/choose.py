@@ -39,7 +39,7 @@ class Orders:
 
     config: Config
     groups: Groups
-    # MoE blocks of the model.
+    # MoE blocks whose tokens travel.
     blocks: int
     # How the newest table came about.
     reason: str = ""
@@ -47,11 +47,6 @@ class Orders:
     _costs: Costs | None = None
     _steps: int = 0
     _kept_spans: bool = False
-
-    @property
-    def defers_weights(self) -> bool:
-        """Weight gradients are put off only where compute has transfers to wait for."""
-        return self.groups.ep is not None and self.blocks > 0
 
     def table(self, micro_batches: int) -> Table:
         """For the step that begins now."""
@@ -73,12 +68,12 @@ class Orders:
     @property
     def _measures(self) -> bool:
         schedule = self.config.schedule
-        return schedule.order == "measured" and schedule.in_flight != 1 and self.defers_weights
+        return schedule.order == "measured" and schedule.in_flight != 1 and self.blocks > 0
 
     def _new(self, micro_batches: int) -> Table:
         count = in_flight(self.config, self.groups, micro_batches)
         start = f"{count} of {micro_batches} micro-batches in flight"
-        if count == 1 or not self.defers_weights:
+        if count == 1 or not self.blocks:
             self.reason = start
             return sequential(self.blocks, micro_batches)
         # By the first rank alone: it takes seconds of compute, which the ranks of a machine would take from each other.
