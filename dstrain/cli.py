@@ -5,13 +5,14 @@
 What a user can mend is printed as one message and ends with status 2; anything else keeps its traceback.
 """
 
+import atexit
 import os
 import sys
 import time
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module, metadata
-from typing import Any
+from typing import Any, NoReturn
 
 from dstrain.errors import PeerError, SharedError, UserError
 
@@ -48,24 +49,48 @@ complete -o nospace -o default -F _dstrain_completion dstrain
 
 
 def main() -> None:
-    """Runs the command line; never returns a value, a failure leaves through SystemExit."""
+    """Runs the command line and ends the process, with status 0 or what a failure gives; a bug keeps its traceback."""
     try:
-        dispatch(sys.argv[1:])
+        status = status_of(sys.argv[1:])
     except PeerError as error:
         print(f"dstrain: {error}", file=sys.stderr)
         # Threads and process groups that still wait for the lost rank would hold up an orderly end.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2)
+        leave(2)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # What was registered to run at exit still does.
+        atexit._run_exitfuncs()
+        leave(status)
+    raise SystemExit(status)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process without the interpreter's own end.
+
+    A thread of gloo that drops its last tensor in a half-ended interpreter aborts the process, and with it the status.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def status_of(arguments: Sequence[str]) -> int:
+    """The status with which the process is to end; what a user can mend is printed."""
+    try:
+        dispatch(arguments)
+    except PeerError:
+        raise
     except UserError as error:
         if not isinstance(error, SharedError) or os.environ.get("RANK", "0") == "0":
             print(f"dstrain: {error}", file=sys.stderr)
         else:
             # torchrun ends all processes as soon as one has failed: let it be the one that has printed.
             time.sleep(SILENT_RANK_WAIT_S)
-        raise SystemExit(2) from None
+        return 2
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        return 130
+    except SystemExit as left:
+        return int(left.code or 0)
+    return 0
 
 
 def dispatch(arguments: Sequence[str]) -> None:

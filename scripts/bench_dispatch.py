@@ -8,12 +8,9 @@ unpacks, and of the whole process, where gloo reads the sockets. Routing is rand
 """
 
 import argparse
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 
 import torch
@@ -30,7 +27,7 @@ from dstrain.dispatch.rank import RankDispatcher
 from dstrain.dispatch.transport import Transport
 from dstrain.dispatch.wire import wire_format
 from dstrain.mesh.axes import Mesh
-from dstrain.mesh.groups import Groups, Place, connect, disconnect
+from dstrain.mesh.groups import Groups, Place, connect, disconnect, free_port
 
 WIRES = ("bfloat16", "fp8")
 # Micro-batches whose times are thrown away.
@@ -39,7 +36,8 @@ WARM_UP = 5
 
 def transports(groups: Groups) -> dict[str, Callable[..., Transport]]:
     """What takes a number of experts and a wire format, by name."""
-    assert groups.ep is not None
+    if groups.ep is None:
+        raise SystemExit("--ranks must be at least 2: alone, a rank sends nothing")
     found = {
         "alltoall": partial(AllToAllDispatcher, peers=groups.ep),
         "rank": partial(RankDispatcher, peers=groups.ep),
@@ -83,11 +81,9 @@ def measure(transport: Transport, experts: int, arguments: argparse.Namespace, r
 
 
 def work(rank: int, arguments: argparse.Namespace, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=arguments.ranks, timeout=timedelta(seconds=60))
-    place = Place(rank, arguments.ranks, torch.device("cpu"))
-    groups = connect(Mesh(ep=arguments.ranks), place, ranks_per_node=max(1, arguments.ranks // 2))
+    place = Place.on_this_machine(rank, arguments.ranks, port)
+    groups = connect(Mesh(ep=arguments.ranks), place, timeout_s=60, ranks_per_node=max(1, arguments.ranks // 2))
     table = Table(title=f"CPU ms per layer and micro-batch: {arguments.tokens} tokens x {arguments.hidden}")
     for column in ("transport", "wire", "experts", "main thread", "lane", "process"):
         table.add_column(column)
@@ -103,12 +99,6 @@ def work(rank: int, arguments: argparse.Namespace, port: int) -> None:
     if rank == 0:
         Console().print(table)
     disconnect()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def main() -> None:

@@ -8,8 +8,6 @@ own account.
 """
 
 import argparse
-import os
-import socket
 import statistics
 import time
 from collections import Counter
@@ -36,7 +34,7 @@ from dstrain.engine.choose import make_engine
 from dstrain.engine.loop import Trainer
 from dstrain.engine.state import Progress
 from dstrain.mesh.axes import Mesh
-from dstrain.mesh.groups import Groups, Place, connect, disconnect
+from dstrain.mesh.groups import Groups, Place, connect, disconnect, free_port
 from dstrain.parallel.apply import build_model
 
 SEQ_LEN = 64
@@ -128,10 +126,8 @@ def make_config(args: argparse.Namespace) -> Config:
 
 def work(rank: int, args: argparse.Namespace, port: int) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(args.ranks)}
     config = make_config(args)
-    groups = connect(Mesh(dp=args.ranks // args.ep, ep=args.ep), Place(rank, args.ranks, torch.device("cpu")))
+    groups = connect(Mesh(dp=args.ranks // args.ep, ep=args.ep), Place.on_this_machine(rank, args.ranks, port))
     wire = Wire(groups.ep.group if groups.ep else None)
     wire.wrap()
     contestants = {name: Contestant(replace(config, engine=engine), groups) for name, engine in ENGINES.items()}
@@ -172,10 +168,7 @@ def main() -> None:
     for name in ("compute-dtype", "moments-dtype"):
         parser.add_argument(f"--{name}", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, (args, port), nprocs=args.ranks)
+    mp.spawn(work, (args, free_port()), nprocs=args.ranks)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ experts get them, so that a dropped token would be seen. A step is forward, back
 import argparse
 import os
 import resource
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from dstrain.engine.choose import make_engine
 from dstrain.engine.loop import Trainer
 from dstrain.engine.state import Progress
 from dstrain.mesh.axes import Mesh
-from dstrain.mesh.groups import Place, connect, disconnect
+from dstrain.mesh.groups import Place, connect, disconnect, free_port
 from dstrain.model.moe import Experts
 from dstrain.parallel.apply import build_model
 
@@ -84,10 +83,8 @@ def resident_mib() -> float:
 
 def work(rank: int, args: argparse.Namespace, case: Case, port: int, results: Any) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(args.ranks)}
     config, rows = make_config(args, case), []
-    groups = connect(Mesh(ep=args.ranks), Place(rank, args.ranks, torch.device("cpu")))
+    groups = connect(Mesh(ep=args.ranks), Place.on_this_machine(rank, args.ranks, port))
     model = build_model(config, groups)
     trainer = Trainer(config, groups, model, make_engine(model, config, groups), batch, Progress())
     if case.skewed:
@@ -107,11 +104,8 @@ def work(rank: int, args: argparse.Namespace, case: Case, port: int, results: An
 
 def measure(args: argparse.Namespace, case: Case) -> list[tuple[int, float, float, int, float]]:
     """(rank, peak MiB, then of the second step: seconds, rows, loss) by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(work, (args, case, port, results), nprocs=args.ranks)
+    mp.spawn(work, (args, case, free_port(), results), nprocs=args.ranks)
     return sorted(results.get() for _ in range(args.ranks))
 
 

@@ -7,8 +7,6 @@ difference between steps with and without the account would be far below their s
 """
 
 import argparse
-import os
-import socket
 import statistics
 import time
 from collections import Counter
@@ -26,7 +24,7 @@ from dstrain.engine.choose import make_engine
 from dstrain.engine.loop import Trainer
 from dstrain.engine.state import Progress
 from dstrain.mesh.axes import Mesh
-from dstrain.mesh.groups import Place, connect, disconnect
+from dstrain.mesh.groups import Place, connect, disconnect, free_port
 from dstrain.mesh.topology import Link
 from dstrain.parallel.apply import build_model
 from dstrain.tasks.verify import batches
@@ -87,11 +85,9 @@ def count(trace: Trace, counter: Counter[str]) -> None:
 
 def work(rank: int, args: argparse.Namespace, port: int) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(args.ranks)}
     words = ["+experiment=tiny_cpu", "data.path=none", "model.vocab_size=320", f"mesh.ep={args.ranks}", "mesh.dp=1"]
     config = load.compose("train", words, world_size=args.ranks)
-    groups = connect(Mesh(ep=args.ranks), Place(rank, args.ranks, torch.device("cpu")))
+    groups = connect(Mesh(ep=args.ranks), Place.on_this_machine(rank, args.ranks, port))
     model = build_model(config, groups)
     draw = batches(replace(config, data=DataConfig()))
     trainer = Trainer(config, groups, model, make_engine(model, config, groups), draw, Progress())
@@ -117,10 +113,7 @@ def main() -> None:
     for name, default in (("ranks", 2), ("steps", 20), ("calls", 20000)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, (args, port), nprocs=args.ranks)
+    mp.spawn(work, (args, free_port()), nprocs=args.ranks)
 
 
 if __name__ == "__main__":

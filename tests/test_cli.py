@@ -27,11 +27,7 @@ def line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_pat
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["dstrain", *arguments])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as left:
-            status = int(left.code or 0)
+        status = cli.status_of(arguments)
         return status, *capsys.readouterr()
 
     return run

@@ -7,7 +7,7 @@ longer than it should, the machine was too busy, and the figures are void.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from statistics import median
 
 from dstrain.bench import theory
 from dstrain.bench.case import Case
@@ -17,8 +17,8 @@ from dstrain.bench.testbed import Counters, Fabric, Testbed
 from dstrain.bench.workload import PASSES, Workload
 from dstrain.config.bench import FabricRoot
 from dstrain.plan.traffic import Way
+from dstrain.schedule.choose import typical
 from dstrain.schedule.order import fixed, planned
-from dstrain.schedule.simulate import Costs
 from dstrain.schedule.table import Table, sequential
 
 # What a card counts over what it carries: acknowledgements, and the headers of large packets. With a smaller bucket the
@@ -154,19 +154,10 @@ def _table(case: Case | None, config: FabricRoot, work: Workload, forward_ms: fl
     if config.order == "fixed":
         return fixed(work.blocks, work.micro_batches, case.in_flight)
     if config.order == "measured":
-        costs = _typical(launch.request(Timing(case, tuple(plain))))
+        costs = typical(launch.request(Timing(case, tuple(plain))))
     else:
         costs = theory.costs(work, case, forward_ms, launch.testbed.fabric)
     return planned(work.blocks, work.micro_batches, case.in_flight, costs)
-
-
-def _typical(by_rank: Sequence[Costs]) -> Costs:
-    """As training takes them: compute as on average; a transfer as for the rank that came to it last."""
-    first = by_rank[0]
-    return Costs(
-        {action: fmean(costs.compute_ms[action] for costs in by_rank) for action in first.compute_ms},
-        {way: min(costs.transfer_ms[way] for costs in by_rank) for way in first.transfer_ms},
-    )
 
 
 def _sample(testbed: Testbed, launch: Launch, request: Run, kept: _Samples) -> None:

@@ -107,11 +107,9 @@ def about_compute(point: PointFigures) -> str:
     flat = f"flat BF16 traffic {point.flat_wire_ms:.0f} ms on the line"
     if point.config.compute == "emulated":
         return f"emulated compute {point.nominal_compute_ms:.0f} ms (measured {point.compute_ms:.0f} ms) a step, {flat}"
-    return (
-        f"real compute {point.compute_ms:.0f} ms a step, {flat}"
-        if point.config.compute == "real"
-        else f"no compute, {flat}"
-    )
+    if point.config.compute == "real":
+        return f"real compute {point.compute_ms:.0f} ms a step, {flat}"
+    return f"no compute, {flat}"
 
 
 def show(point: PointFigures, machine: Machine, console: Console) -> None:

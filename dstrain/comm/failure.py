@@ -88,7 +88,7 @@ def explain(error: PeerError, rank: int) -> PeerError:
     culprits = causes({**said, rank: list(error.suspects)})
     told = f"rank {rank}: {error}"
     if culprits and not set(culprits) >= set(error.suspects):
-        told += f" The first to fail was {names(culprits)}: others waited for it, and it has not said a word."
+        told += f" The first to fail: {names(culprits)}. Others waited for it and heard nothing."
     elif rank not in said and rank_0_keeps_store and 0 not in (rank, *error.suspects):
         told += " Rank 0, which keeps the store of the launch, does not answer either."
     elif 1 < len(error.suspects) != len(culprits) > 0:

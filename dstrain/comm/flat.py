@@ -19,6 +19,7 @@ n * L + l.
 
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from dstrain.comm.collectives import Peers
 from dstrain.comm.lane import Flight, Lane, Stage
-from dstrain.comm.mailbox import Exchange, GlooMailbox, Mailbox, NcclMailbox, Pool
+from dstrain.comm.mailbox import Exchange, Mailbox, Pool, make_mailbox
 from dstrain.comm.trace import Trace, Transfer
 
 # Buffers between departure and arrival: while one is on the wire, the next one is packed. Each takes about twice its
@@ -62,11 +63,9 @@ class FlatCollectives:
 
     def _mailbox(self, peers: Peers, tag: int) -> Mailbox:
         """One for sums and one for gathering: a hop inside the node comes first in one and last in the other."""
-        found = self._mailboxes.get((peers.name, tag))
-        if found is None:
-            found = NcclMailbox(peers) if self.trace.device.type == "cuda" else GlooMailbox(peers, tag, self._pool)
-            self._mailboxes[peers.name, tag] = found
-        return found
+        if (peers.name, tag) not in self._mailboxes:
+            self._mailboxes[peers.name, tag] = make_mailbox(peers, tag, self._pool)
+        return self._mailboxes[peers.name, tag]
 
     def _start(self, work: "_Work") -> Flight:
         def depart(_: Any) -> None:
@@ -93,7 +92,7 @@ def _in_turn(stages: Sequence[Stage]) -> Stage:
     return run
 
 
-class _Work:
+class _Work(ABC):
     """A collective under way, in three steps and two hops."""
 
     def __init__(self, mailbox: Mailbox, peers: Peers, x: Tensor, wire: torch.dtype, transfer: Transfer):
@@ -106,17 +105,17 @@ class _Work:
         self.counterparts = list(range(self.local, self.size, self.ranks))
         self.exchanges: list[Exchange] = []
 
+    @abstractmethod
     def depart(self) -> None:
         """Starts the first hop."""
-        raise NotImplementedError
 
+    @abstractmethod
     def relay(self) -> None:
         """Waits for the first hop and starts the second."""
-        raise NotImplementedError
 
+    @abstractmethod
     def arrive(self) -> Tensor:
         """Waits for the second hop."""
-        raise NotImplementedError
 
     def close(self) -> None:
         for exchange in self.exchanges:

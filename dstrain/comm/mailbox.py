@@ -261,11 +261,15 @@ def _work(work: dist.Work | None) -> dist.Work:
     return work
 
 
+def make_mailbox(peers: Peers, tag: int, pool: Pool) -> Mailbox:
+    """For the device of the group. Mailboxes of one group have different tags: dispatch/ takes 0 and 1 of its groups,
+    comm/flat.py 0 and 1, engine/placement.py 2 of the data group. On NCCL `tag` and `pool` mean nothing."""
+    return NcclMailbox(peers) if peers.trace.device.type == "cuda" else GlooMailbox(peers, tag, pool)
+
+
 def connect(peers: Peers, homebound: Peers, pool: Pool) -> tuple[Mailbox, Mailbox]:
     """A mailbox for each direction; with NCCL the two groups must be different communicators."""
-    if peers.trace.device.type == "cuda":
-        return NcclMailbox(peers), NcclMailbox(homebound)
-    return GlooMailbox(peers, 0, pool), GlooMailbox(homebound, 1, pool)
+    return make_mailbox(peers, 0, pool), make_mailbox(homebound, 1, pool)
 
 
 class NcclMailbox:

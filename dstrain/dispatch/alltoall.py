@@ -3,7 +3,7 @@
 from dstrain.comm.collectives import Peers
 from dstrain.comm.lane import Lane
 from dstrain.comm.mailbox import Pool, connect
-from dstrain.dispatch.hop import Hop
+from dstrain.dispatch.hop import Hop, equal_share
 from dstrain.dispatch.transport import Transport
 from dstrain.dispatch.wire import WireFormat
 
@@ -14,7 +14,7 @@ class AllToAllDispatcher(Transport):
     row_per_pair = True
 
     def __init__(self, num_experts: int, peers: Peers, wire: WireFormat | None = None, homebound: Peers | None = None):
-        experts = num_experts // peers.size
+        experts = equal_share(num_experts, peers.size)
         boxes = connect(peers, homebound or peers, Pool())
         hop = Hop(*boxes, peers.size, experts, self.row_per_pair)
         super().__init__(experts, wire, [hop], Lane(peers.trace))

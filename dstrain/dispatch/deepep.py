@@ -30,9 +30,10 @@ from dstrain.comm.collectives import Peers
 from dstrain.comm.lane import Lane
 from dstrain.comm.trace import Label
 from dstrain.config.schema import Config
-from dstrain.dispatch.contract import Arrived, Route
+from dstrain.dispatch.carrier import Carrier, Ticket
+from dstrain.dispatch.contract import Route
 from dstrain.dispatch.permute import Expansion, Pairs
-from dstrain.dispatch.transfer import Flying, Started, Way
+from dstrain.dispatch.transfer import Flying
 from dstrain.dispatch.wire import Fp8
 from dstrain.errors import ConfigError
 from dstrain.mesh.groups import Groups
@@ -214,95 +215,56 @@ def _refusal(rule: str, cure: str = "Set") -> ConfigError:
 # -- The transport ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Arrivals:
-    """The rows that came here: DeepEP's handle, the slots [R, K] that hold pairs, and the pairs by expert."""
-
-    handle: Any
-    slots_N: Tensor
-    shape_RK: torch.Size
-    expansion: Expansion
+@dataclass(kw_only=True)
+class _Ticket(Ticket):
+    # Known once the tokens have arrived: DeepEP's handle, and which of the slots [R, K] hold pairs.
+    handle: Any = None
+    slots_N: Any = None
+    shape_RK: Any = None
 
 
-@dataclass
-class _Ticket:
-    """What a micro-batch leaves in a layer's transport between dispatch and the end of its backward pass."""
-
-    label: Label
-    arrivals: _Arrivals | None = None
-    # By pair, from the gradient of combine to that of dispatch.
-    weight_grad_N: Tensor | None = None
-
-    @property
-    def arrived(self) -> _Arrivals:
-        if self.arrivals is None:
-            raise RuntimeError("combine was called before the dispatch had arrived")
-        return self.arrivals
-
-
-class DeepEPDispatcher:
+class DeepEPDispatcher(Carrier[_Ticket]):
     """`experts` experts of this rank, behind a port; `wire` is bfloat16 or fp8."""
 
+    lane: Lane
+
     def __init__(self, experts: int, port: Port, wire: str, lane: Lane):
-        self.experts, self.port, self.wire, self.lane = experts, port, wire, lane
+        super().__init__(lane)
+        self.experts, self.port, self.wire = experts, port, wire
 
-    def dispatch(self, x_TD: Tensor, route: Route) -> Started[Arrived]:
-        ticket = _Ticket(self.lane.trace.label)
-        way = Way(
-            "dispatch",
-            lambda x, weights: self._dispatch(x, route.experts_TK, weights, ticket),
-            lambda grad: self._dispatch_back(grad, ticket),
-        )
-        return Started(
-            way, lambda rows: Arrived(rows, ticket.arrived.expansion.counts_E, ticket), x_TD, route.weights_TK
-        )
-
-    def combine(self, rows_RD: Tensor, ticket: _Ticket) -> Started[Tensor]:
-        way = Way(
-            "combine",
-            lambda rows: self._combine(rows, ticket),
-            lambda grad, rows: self._combine_back(grad, rows, ticket),
-            kept=(rows_RD.detach(),),
-        )
-        return Started(way, lambda y: y, rows_RD)
-
-    def close(self) -> None:
-        """Ends the thread."""
-        self.lane.close()
+    def _ticket(self, x_TD: Tensor, route: Route, label: Label) -> _Ticket:
+        return _Ticket(label=label)
 
     def _dispatch(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, ticket: _Ticket) -> Flying:
         def work() -> tuple[Tensor, ...]:
             sent = self._encode(x_TD)
             wired, experts_RK, weights_RK, number, handle = self.port.dispatch(sent, experts_TK, weights_TK)
             slots_N, pairs = find_pairs(experts_RK, weights_RK, number)
-            expansion = Expansion.of(pairs, self.experts)
-            ticket.arrivals = _Arrivals(handle, slots_N, experts_RK.shape, expansion)
-            return expansion.expand(self._decode(wired, x_TD.dtype)), expansion.counts_E
+            ticket.handle, ticket.slots_N, ticket.shape_RK = handle, slots_N, experts_RK.shape
+            ticket.expansion = Expansion.of(pairs, self.experts)
+            return ticket.expansion.expand(self._decode(wired, x_TD.dtype)), ticket.expansion.counts_E
 
         return self._fly("dispatch", "forward", ticket, work, x_TD, experts_TK, weights_TK)
 
     def _dispatch_back(self, grad_ND: Tensor, ticket: _Ticket) -> Flying:
         def work() -> tuple[Tensor, ...]:
-            here, weight_grad_N, ticket.weight_grad_N = ticket.arrived, ticket.weight_grad_N, None
-            numbers_RK = torch.zeros(here.shape_RK, device=grad_ND.device)
-            if weight_grad_N is not None:
-                numbers_RK.view(-1).scatter_(0, here.slots_N, weight_grad_N)
-            return self.port.combine_numbers(here.expansion.expand_back(grad_ND), numbers_RK, here.handle)
+            numbers_RK = torch.zeros(ticket.shape_RK, device=grad_ND.device)
+            numbers_RK.view(-1).scatter_(0, ticket.slots_N, ticket.take_weight_grad())
+            return self.port.combine_numbers(ticket.arrived.expand_back(grad_ND), numbers_RK, ticket.handle)
 
         return self._fly("dispatch", "backward", ticket, work, grad_ND)
 
     def _combine(self, rows_ND: Tensor, ticket: _Ticket) -> Flying:
         def work() -> tuple[Tensor, ...]:
-            here = ticket.arrived
-            return (self.port.combine(here.expansion.reduce(rows_ND), here.handle),)
+            return (self.port.combine(ticket.arrived.reduce(rows_ND), ticket.handle),)
 
         return self._fly("combine", "forward", ticket, work, rows_ND)
 
     def _combine_back(self, grad_TD: Tensor, rows_ND: Tensor, ticket: _Ticket) -> Flying:
         def work() -> tuple[Tensor, ...]:
-            here = ticket.arrived
-            grad_RD = self._decode(self.port.dispatch_again(self._encode(grad_TD), here.handle), grad_TD.dtype)
-            grad_ND, ticket.weight_grad_N = here.expansion.reduce_back(grad_RD, rows_ND)
+            wired = self.port.dispatch_again(self._encode(grad_TD), ticket.handle)
+            grad_RD = self._decode(wired, grad_TD.dtype)
+            grad_ND, ticket.weight_grad_N = ticket.arrived.reduce_back(grad_RD, rows_ND)
             return (grad_ND,)
 
         return self._fly("combine", "backward", ticket, work, grad_TD, rows_ND)

@@ -9,7 +9,7 @@ those of its node that hold the experts. On the way back partial sums are added 
 from dstrain.comm.collectives import Peers
 from dstrain.comm.lane import Lane
 from dstrain.comm.mailbox import Pool, connect
-from dstrain.dispatch.hop import Hop
+from dstrain.dispatch.hop import Hop, equal_share
 from dstrain.dispatch.transport import Transport
 from dstrain.dispatch.wire import WireFormat
 
@@ -30,8 +30,8 @@ class HierarchicalDispatcher(Transport):
         homebound: tuple[Peers, Peers] | None = None,
     ):
         nodes_home, node_home = homebound or (nodes, node)
-        pool, per_node = Pool(), num_experts // nodes.size
-        experts = per_node // node.size
+        pool, experts = Pool(), equal_share(num_experts, nodes.size * node.size)
+        per_node = experts * node.size
         across = Hop(*connect(nodes, nodes_home, pool), nodes.size, per_node)
         inside = Hop(*connect(node, node_home, pool), node.size, experts)
         super().__init__(experts, wire, [across, inside], Lane(nodes.trace))

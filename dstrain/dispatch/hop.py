@@ -28,6 +28,14 @@ from dstrain.dispatch.permute import Bags, Pairs, count
 from dstrain.plan.traffic import COUNTS_BYTES, WEIGHT_BYTES, first_bytes, home_bytes, mask_bytes
 
 
+def equal_share(experts: int, ranks: int) -> int:
+    """The experts of each rank. ValueError if they don't divide."""
+    share, rest = divmod(experts, ranks)
+    if rest:
+        raise ValueError(f"{experts} experts do not divide equally among {ranks} ranks")
+    return share
+
+
 @dataclass
 class Leg:
     """How the rows of one micro-batch split up between the ranks of a group."""
@@ -56,19 +64,24 @@ class Hop:
     row_per_pair: bool = False
 
     def plan(self, pairs: Pairs) -> tuple[Leg, Tensor, Tensor]:
-        """The leg, and for its first way the masks, uint8 [R, M], and the weights, FP32 [N]."""
+        """The leg, and for its first way the masks, uint8 [R, M], and the weights, FP32 [N].
+
+        ValueError for a row that names an expert twice: a mask could not say so.
+        """
         rows = max(1, pairs.rows)
         rank_N = pairs.expert_N // self.experts
         # (rank, row, expert) as one number.
         key_N = (rank_N * rows + pairs.row_N) * self.experts + pairs.expert_N % self.experts
         key_N, pair_N = key_N.sort()
+        # The host waits for the device here and below; it is not the main thread.
+        if torch.any(key_N[1:] == key_N[:-1]):
+            raise ValueError("a token's route names an expert twice; its experts must be distinct")
         row_key_N = key_N // self.experts
         first_N = torch.ones_like(key_N, dtype=torch.bool)
         if not self.row_per_pair:
             torch.ne(row_key_N[1:], row_key_N[:-1], out=first_N[1:])
         row_key_R = row_key_N[first_N]
         row_R = row_key_R % rows
-        # The host waits for the device here; it is not the main thread.
         sent_rows = count(row_key_R // rows, self.ranks).tolist()
         sent_pairs = count(rank_N, self.ranks).tolist()
         leg = Leg(row_R, pair_N, Bags.by_target(row_R, pairs.rows), sent_rows, sent_pairs)
@@ -79,11 +92,6 @@ class Hop:
         byte_N = row_N * mask_bytes(self.experts) + (bit_N >> 3)
         masks.scatter_add_(0, byte_N, (1 << (bit_N & 7)).to(torch.uint8))
         return masks.view(rows, mask_bytes(self.experts))
-
-    def pairs(self, masks_RM: Tensor, weight_N: Tensor) -> Tensor:
-        """(row, expert) of every bit that is set, int64 [N, 2]."""
-        bits = (masks_RM[..., None] >> torch.arange(8, dtype=torch.uint8, device=masks_RM.device)) & 1
-        return torch.nonzero_static(bits.flatten(1), size=len(weight_N))
 
 
 class Crossing(Protocol):
@@ -151,7 +159,7 @@ class FirstOut(_Crossing):
             masks.append(message[masks_at:masks_end].view(num_rows, mask_bytes(self.hop.experts)))
             rows.append(message[align(masks_end) :][: num_rows * self.width].view(num_rows, self.width))
         weight_N = torch.cat(weights)
-        row_N, expert_N = self.hop.pairs(torch.cat(masks), weight_N).unbind(1)
+        row_N, expert_N = _bits(torch.cat(masks), len(weight_N)).unbind(1)
         rows_RB = torch.cat(rows)
         return rows_RB, Pairs(len(rows_RB), row_N, expert_N, weight_N)
 
@@ -225,6 +233,12 @@ class Home(_Crossing):
         sent = zip(messages, leg.sent_pairs, strict=True)
         number_N = torch.cat([message[: pairs * WEIGHT_BYTES].view(torch.float32) for message, pairs in sent])
         return summed, torch.empty_like(number_N).scatter_(0, leg.pair_N, number_N)
+
+
+def _bits(masks_RM: Tensor, number: int) -> Tensor:
+    """(row, expert) of each of the `number` bits that are set, int64 [N, 2]."""
+    bits = (masks_RM[..., None] >> torch.arange(8, dtype=torch.uint8, device=masks_RM.device)) & 1
+    return torch.nonzero_static(bits.flatten(1), size=number)
 
 
 def _fill(message: Tensor, parts: Sequence[Tensor]) -> None:

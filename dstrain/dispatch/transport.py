@@ -21,35 +21,23 @@ from torch import Tensor
 
 from dstrain.comm.lane import Lane
 from dstrain.comm.trace import Label, Transfer
-from dstrain.dispatch.contract import Arrived, Route
+from dstrain.dispatch.carrier import Carrier, Ticket
+from dstrain.dispatch.contract import Route
 from dstrain.dispatch.hop import Crossing, FirstOut, Home, Hop, Leg, Out, relay
 from dstrain.dispatch.permute import Expansion, Pairs
-from dstrain.dispatch.transfer import Flying, Landed, Started, Way
+from dstrain.dispatch.transfer import Flying, Landed
 from dstrain.dispatch.wire import Plain, WireFormat
 
 
-@dataclass
-class Ticket:
-    """What a micro-batch leaves in a layer's transport between dispatch and the end of its backward pass."""
-
+@dataclass(kw_only=True)
+class HopTicket(Ticket):
     shape_TK: torch.Size
     hidden: int
     dtype: torch.dtype
-    label: Label
     legs: list[Leg] = field(default_factory=list)
-    # Known once the tokens have arrived.
-    expansion: Expansion | None = None
-    # By pair, from the gradient of combine to that of dispatch.
-    weight_grad_N: Tensor | None = None
-
-    @property
-    def arrived(self) -> Expansion:
-        if self.expansion is None:
-            raise RuntimeError("combine was called before the dispatch had arrived")
-        return self.expansion
 
 
-class Transport:
+class Transport(Carrier[HopTicket]):
     """`experts` experts of this rank, behind `hops` and a lane; without hops, all of them, and no lane.
 
     `wire` None: the dtype of the tokens.
@@ -59,33 +47,13 @@ class Transport:
     group = "ep"
 
     def __init__(self, experts: int, wire: WireFormat | None, hops: Sequence[Hop] = (), lane: Lane | None = None):
-        self.experts, self.wire, self.hops, self.lane = experts, wire, tuple(hops), lane
+        super().__init__(lane)
+        self.experts, self.wire, self.hops = experts, wire, tuple(hops)
 
-    def dispatch(self, x_TD: Tensor, route: Route) -> Started[Arrived]:
-        label = self.lane.trace.label if self.lane else Label()
-        ticket = Ticket(route.experts_TK.shape, x_TD.shape[1], x_TD.dtype, label)
-        way = Way(
-            "dispatch",
-            lambda x, weights: self._dispatch(x, route.experts_TK, weights, ticket),
-            lambda grad: self._dispatch_back(grad, ticket),
-        )
-        return Started(way, lambda rows: Arrived(rows, ticket.arrived.counts_E, ticket), x_TD, route.weights_TK)
+    def _ticket(self, x_TD: Tensor, route: Route, label: Label) -> HopTicket:
+        return HopTicket(label=label, shape_TK=route.experts_TK.shape, hidden=x_TD.shape[1], dtype=x_TD.dtype)
 
-    def combine(self, rows_RD: Tensor, ticket: Ticket) -> Started[Tensor]:
-        way = Way(
-            "combine",
-            lambda rows: self._combine(rows, ticket),
-            lambda grad, rows: self._combine_back(grad, rows, ticket),
-            kept=(rows_RD.detach(),),
-        )
-        return Started(way, lambda y: y, rows_RD)
-
-    def close(self) -> None:
-        """Ends the threads."""
-        if self.lane is not None:
-            self.lane.close()
-
-    def _dispatch(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, ticket: Ticket) -> Flying:
+    def _dispatch(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, ticket: HopTicket) -> Flying:
         def unload(cargo: tuple[Tensor, Pairs]) -> tuple[Tensor, ...]:
             bytes_AB, pairs = cargo
             ticket.expansion = Expansion.of(pairs, self.experts)
@@ -100,14 +68,9 @@ class Transport:
             (x_TD, experts_TK, weights_TK),
         )
 
-    def _dispatch_back(self, grad_RD: Tensor, ticket: Ticket) -> Flying:
-        expansion = ticket.arrived
-
+    def _dispatch_back(self, grad_RD: Tensor, ticket: HopTicket) -> Flying:
         def load() -> tuple[Tensor, Tensor]:
-            weight_grad_N, ticket.weight_grad_N = ticket.weight_grad_N, None
-            if weight_grad_N is None:
-                weight_grad_N = torch.zeros_like(expansion.pair_weight_N)
-            return expansion.expand_back(grad_RD), weight_grad_N
+            return ticket.arrived.expand_back(grad_RD), ticket.take_weight_grad()
 
         def unload(cargo: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
             x_grad_TD, weight_grad_N = cargo
@@ -116,7 +79,7 @@ class Transport:
         label = replace(ticket.label, direction="backward")
         return self._fly("dispatch", label, lambda t: self._homeward(t, ticket, True), load, unload, (grad_RD,))
 
-    def _combine(self, rows_RD: Tensor, ticket: Ticket) -> Flying:
+    def _combine(self, rows_RD: Tensor, ticket: HopTicket) -> Flying:
         return self._fly(
             "combine",
             replace(ticket.label, direction="forward"),
@@ -126,7 +89,7 @@ class Transport:
             (rows_RD,),
         )
 
-    def _combine_back(self, grad_TD: Tensor, rows_RD: Tensor, ticket: Ticket) -> Flying:
+    def _combine_back(self, grad_TD: Tensor, rows_RD: Tensor, ticket: HopTicket) -> Flying:
         def unload(bytes_AB: Tensor) -> tuple[Tensor, ...]:
             grad_AD = self._decode(bytes_AB, ticket)
             grad_RD, ticket.weight_grad_N = ticket.arrived.reduce_back(grad_AD, rows_RD)
@@ -147,7 +110,7 @@ class Transport:
             (grad_TD, rows_RD),
         )
 
-    def _homeward(self, transfer: Transfer, ticket: Ticket, with_numbers: bool) -> list[Crossing]:
+    def _homeward(self, transfer: Transfer, ticket: HopTicket, with_numbers: bool) -> list[Crossing]:
         legs = zip(reversed(self.hops), reversed(ticket.legs), strict=True)
         return [Home(hop, transfer, leg, ticket.hidden, ticket.dtype, with_numbers) for hop, leg in legs]
 
@@ -172,14 +135,14 @@ class Transport:
 
         return self.lane.submit(relay(way, load, unload), transfer, reads, close)
 
-    def _format(self, ticket: Ticket) -> WireFormat:
+    def _format(self, ticket: HopTicket) -> WireFormat:
         return self.wire or Plain(ticket.dtype)
 
-    def _row_bytes(self, ticket: Ticket) -> int:
+    def _row_bytes(self, ticket: HopTicket) -> int:
         return self._format(ticket).row_bytes(ticket.hidden)
 
-    def _encode(self, rows_TD: Tensor, ticket: Ticket) -> Tensor:
+    def _encode(self, rows_TD: Tensor, ticket: HopTicket) -> Tensor:
         return self._format(ticket).encode(rows_TD)
 
-    def _decode(self, bytes_AB: Tensor, ticket: Ticket) -> Tensor:
+    def _decode(self, bytes_AB: Tensor, ticket: HopTicket) -> Tensor:
         return self._format(ticket).decode(bytes_AB, ticket.hidden, ticket.dtype)

@@ -14,10 +14,9 @@ gradients travel, too, and may be far smaller. A tile with NaN, infinity, or a m
 Shapes: R rows, D hidden, B bytes of a row, S tiles of a row, V values of a tile.
 """
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
 from functools import cache
 from math import frexp
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,26 +30,25 @@ NAMES = ("float32", "bfloat16", "fp8", "fp4")
 WIDE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
-class WireFormat(Protocol):
+class WireFormat(ABC):
     """Rows to bytes and back, on the device of the rows."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
 
     def row_bytes(self, hidden: int) -> int:
         """Bytes of a row, a multiple of 8."""
-        ...
+        return row_bytes(self.name, hidden)
 
+    @abstractmethod
     def encode(self, rows_RD: Tensor, out: Tensor | None = None) -> Tensor:
         """uint8 [R, row_bytes(D)]. Written into `out` if given, whose rows may be part of wider ones (of 8n bytes).
 
         Without `out` the result may share the memory of the rows.
         """
-        ...
 
+    @abstractmethod
     def decode(self, bytes_RB: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
         """The rows, [R, hidden]. They may share the memory of the bytes, which may be part of wider rows."""
-        ...
 
 
 def wire_format(name: str, compute_dtype: torch.dtype) -> WireFormat:
@@ -63,32 +61,27 @@ def wire_format(name: str, compute_dtype: torch.dtype) -> WireFormat:
     return quantised.get(name) or Plain(getattr(torch, name))
 
 
-@dataclass(frozen=True)
-class Plain:
+class Plain(WireFormat):
     """The values themselves, in a dtype."""
 
-    dtype: torch.dtype
-
-    @property
-    def name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    def row_bytes(self, hidden: int) -> int:
-        return row_bytes(self.name, hidden)
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.name = dtype, str(dtype).removeprefix("torch.")
 
     def encode(self, rows_RD: Tensor, out: Tensor | None = None) -> Tensor:
         used = rows_RD.shape[1] * self.dtype.itemsize
-        if out is None and used % ROW_ALIGNMENT == 0 and rows_RD.numel():
-            return rows_RD.to(self.dtype).contiguous().view(torch.uint8)
+        plain_RD = rows_RD.to(self.dtype).contiguous()
+        is_aligned = used % ROW_ALIGNMENT == 0 and plain_RD.storage_offset() * plain_RD.itemsize % ROW_ALIGNMENT == 0
+        if out is None and is_aligned and plain_RD.numel():
+            return plain_RD.view(torch.uint8)
         out = _bytes(self, rows_RD, out, used)
-        out[:, :used].view(self.dtype).copy_(rows_RD)
+        out[:, :used].view(self.dtype).copy_(plain_RD)
         return out
 
     def decode(self, bytes_RB: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
         return bytes_RB[:, : hidden * self.dtype.itemsize].view(self.dtype).to(dtype)
 
 
-class _Quantised:
+class _Quantised(WireFormat):
     """Decoding in blocks of rows: where a rank gets the tokens of all ranks, FP32 copies of all would be large."""
 
     def decode(self, bytes_RB: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
@@ -98,9 +91,9 @@ class _Quantised:
             part_RD.copy_(self._values(part_RB, hidden))
         return rows_RD
 
+    @abstractmethod
     def _values(self, bytes_RB: Tensor, hidden: int) -> Tensor:
         """FP32."""
-        raise NotImplementedError
 
 
 class Fp8(_Quantised):
@@ -109,9 +102,6 @@ class Fp8(_Quantised):
     name = "fp8"
     tile = 128
     largest = 448.0
-
-    def row_bytes(self, hidden: int) -> int:
-        return row_bytes(self.name, hidden)
 
     def encode(self, rows_RD: Tensor, out: Tensor | None = None) -> Tensor:
         hidden = rows_RD.shape[1]
@@ -134,9 +124,6 @@ class Fp4(_Quantised):
     name = "fp4"
     tile = 32
     largest = 6.0
-
-    def row_bytes(self, hidden: int) -> int:
-        return row_bytes(self.name, hidden)
 
     def encode(self, rows_RD: Tensor, out: Tensor | None = None) -> Tensor:
         scaled_RSV, scale8_RS = _scaled(rows_RD, self.tile, self.largest)

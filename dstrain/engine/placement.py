@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dstrain.comm.collectives import Peers
-from dstrain.comm.mailbox import GlooMailbox, Mailbox, NcclMailbox, Pool
+from dstrain.comm.mailbox import Mailbox, Pool, make_mailbox
 from dstrain.config.schema import Config
 from dstrain.engine.contract import Engine
 from dstrain.engine.state import FlatShard, Shards
@@ -118,9 +118,7 @@ class Placer:
             moe.experts.held = placement[index]
             moe.slots_E = torch.tensor(slots(placement), device=self.groups.place.device)
         self.placements = placements
-        on_gpu = self.groups.place.device.type == "cuda"
-        mailbox: Mailbox = NcclMailbox(peers) if on_gpu else GlooMailbox(peers, MAILBOX_TAG, Pool())
-        return redistribute(before, self.engine.state(), mailbox, peers)
+        return redistribute(before, self.engine.state(), make_mailbox(peers, MAILBOX_TAG, Pool()), peers)
 
     def state(self) -> dict[str, Any] | None:
         """What a checkpoint has to remember, as JSON values; None where experts stay."""

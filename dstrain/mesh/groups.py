@@ -41,6 +41,23 @@ class Place:
             return Place(rank, world, device)
         return Place(rank, world, torch.device("cpu"))
 
+    @staticmethod
+    def on_this_machine(rank: int, world: int, port: int) -> "Place":
+        """For a CPU process that a program starts here by itself: the environment is as a launcher would set it."""
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        if Path("/sys/class/net/lo").exists():
+            # The host name of a container may not resolve.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        return Place(rank, world, torch.device("cpu"))
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
 
 @dataclass(frozen=True)
 class Groups:

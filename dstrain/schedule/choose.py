@@ -6,10 +6,10 @@ that came to it last, since all others also waited for that one.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-import torch
 import torch.distributed as dist
 
 from dstrain.comm.trace import CommTotals, Label, Span
@@ -94,15 +94,18 @@ class Orders:
 
     def _agreed(self, own: Costs) -> Costs:
         """The same costs on all ranks."""
-        compute_ms = torch.tensor(list(own.compute_ms.values()), dtype=torch.float64)
-        transfer_ms = torch.tensor(list(own.transfer_ms.values()), dtype=torch.float64)
-        dist.all_reduce(compute_ms, group=self.groups.background)
-        dist.all_reduce(transfer_ms, op=dist.ReduceOp.MIN, group=self.groups.background)
-        compute_ms /= self.groups.place.world
-        return Costs(
-            dict(zip(own.compute_ms, compute_ms.tolist(), strict=True)),
-            dict(zip(own.transfer_ms, transfer_ms.tolist(), strict=True)),
-        )
+        by_rank = [own] * self.groups.place.world
+        dist.all_gather_object(by_rank, own, group=self.groups.background)
+        return typical(by_rank)
+
+
+def typical(by_rank: Sequence[Costs]) -> Costs:
+    """Of all ranks: compute as on average; a transfer as for the rank that came to it last."""
+    first = by_rank[0]
+    return Costs(
+        {action: fmean(costs.compute_ms[action] for costs in by_rank) for action in first.compute_ms},
+        {way: min(costs.transfer_ms[way] for costs in by_rank) for way in first.transfer_ms},
+    )
 
 
 def timed(comm: CommTotals, blocks: int) -> Costs:

@@ -16,7 +16,6 @@ can do, and router biases, which move by the sign of the load, are left out.
 
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
 import traceback
@@ -41,7 +40,7 @@ from dstrain.engine.plain import PlainEngine
 from dstrain.engine.state import FlatShard, Progress
 from dstrain.errors import UserError
 from dstrain.mesh.axes import Mesh
-from dstrain.mesh.groups import Groups, Place, connect, disconnect
+from dstrain.mesh.groups import Groups, Place, connect, disconnect, free_port
 from dstrain.model.layer import Walk, walk_whole
 from dstrain.parallel.apply import build_model
 from dstrain.tasks.pretrain import open_loader, with_vocabulary
@@ -110,7 +109,7 @@ def run_processes(worker: Callable[..., None], config: VerifyRoot, mesh: Mesh, f
     folder.mkdir()
     # Forked from a server that has imported torch once: eight ranks start as fast as one.
     multiprocessing.set_forkserver_preload([__name__])
-    arguments = (worker, config, mesh, _free_port(), folder)
+    arguments = (worker, config, mesh, free_port(), folder)
     context = mp.start_processes(_rank, arguments, nprocs=mesh.world, join=False, start_method="forkserver")
     deadline = time.monotonic() + config.verify.timeout_s
     try:
@@ -145,12 +144,6 @@ def _rank(rank: int, worker: Callable[..., None], config: VerifyRoot, mesh: Mesh
         raise
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class PlainTrainer(Trainer):
     """Runs no table: every micro-batch is one graph."""
 
@@ -176,14 +169,9 @@ def _layout(rank: int, config: VerifyRoot, mesh: Mesh, port: int, folder: Path) 
 
 
 def _join(rank: int, mesh: Mesh, port: int, ranks_per_node: int | None) -> Groups:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(mesh.world)}
-    if Path("/sys/class/net/lo").exists():
-        # The host name of a container may not resolve; everything is on this machine.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.world))
-    return connect(mesh, Place(rank, mesh.world, torch.device("cpu")), ranks_per_node=ranks_per_node)
+    return connect(mesh, Place.on_this_machine(rank, mesh.world, port), ranks_per_node=ranks_per_node)
 
 
 def has_text(config: Config) -> bool:

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from dstrain.dispatch.alltoall import AllToAllDispatcher
 from dstrain.dispatch.contract import Arrived, Dispatcher
 from dstrain.dispatch.local import LocalDispatcher
+from dstrain.dispatch.rank import RankDispatcher
 from dstrain.dispatch.wire import WireFormat, wire_format
-from tests.dispatch.cases import EXPERTS, ROUTES, TRANSPORTS, WIDTH, balanced, make, route_of, tokens
+from tests.dispatch.cases import EXPERTS, ROUTES, TRANSPORTS, WIDTH, balanced, everyone, make, route_of, tokens
 from tests.gloo.spawn import spawn
 
 # Compute dtype and wire.
@@ -300,3 +302,28 @@ def test_waiting_twice_is_an_error():
     handle.wait()
     with pytest.raises(RuntimeError, match="dispatch transfer was waited for twice"):
         handle.wait()
+
+
+def refused_routes(rank: int, world: int) -> list[str]:
+    """What each transport says of a token that names an expert twice."""
+    twice, said = torch.tensor([[0, 1], [2, 2]]), []
+    for dispatcher in (make("alltoall"), make("rank")):
+        handle = dispatcher.dispatch(tokens(2, rank, torch.float32), route_of(twice, rank))
+        with pytest.raises(ValueError, match="names an expert twice") as raised:
+            handle.wait()
+        said.append(str(raised.value))
+    return said
+
+
+def test_an_expert_twice_in_a_route_is_refused():
+    assert all(len(said) == 2 for said in spawn(refused_routes, 2))
+
+
+def unequal_shares(rank: int, world: int) -> None:
+    for kind in (AllToAllDispatcher, RankDispatcher):
+        with pytest.raises(ValueError, match="5 experts do not divide equally among 2 ranks"):
+            kind(5, everyone())
+
+
+def test_experts_divide_equally():
+    spawn(unequal_shares, 2)

@@ -200,3 +200,9 @@ def test_names():
     assert [wire_format(name, torch.float32).name for name in NAMES] == list(NAMES)
     with pytest.raises(ConfigError, match="dispatch.wire=fp6"):
         wire_format("fp6", torch.float32)
+
+
+def test_rows_may_begin_anywhere_in_their_storage():
+    rows_RD = torch.arange(17, dtype=torch.bfloat16)[1:].view(2, 8)
+    encoded = wire_format("bfloat16", torch.bfloat16).encode(rows_RD)
+    assert torch.equal(encoded.view(torch.int64).view(torch.bfloat16), rows_RD)

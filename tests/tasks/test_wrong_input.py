@@ -27,11 +27,7 @@ def line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Line
     def run(*words: str) -> tuple[int, str]:
         monkeypatch.setattr("sys.argv", ["dstrain", *words])
         capsys.readouterr()
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as left:
-            status = int(left.code or 0)
+        status = cli.status_of(words)
         return status, capsys.readouterr().err
 
     return run

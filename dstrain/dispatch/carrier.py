@@ -1,0 +1,97 @@
+"""What every transport offers a layer: the contract of dispatch/contract.py, around the four ways of its rows.
+
+    dispatch  forward    tokens to their experts           combine  forward    what the experts made, home
+              backward   gradients of those rows, home              backward   gradients of the tokens' sums, out
+
+Each way is started by one method and ends in a flight; dispatch/transfer.py makes them one graph.
+
+Shapes: T tokens, K experts per token, D hidden, R rows by expert, N pairs.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from dstrain.comm.lane import Lane
+from dstrain.comm.trace import Label
+from dstrain.dispatch.contract import Arrived, Route
+from dstrain.dispatch.permute import Expansion
+from dstrain.dispatch.transfer import Flying, Started, Way
+
+
+@dataclass(kw_only=True)
+class Ticket:
+    """What a micro-batch leaves in a layer's transport between dispatch and the end of its backward pass."""
+
+    # Of the dispatch; the other ways are other directions of the same work.
+    label: Label
+    # Known once the tokens have arrived.
+    expansion: Expansion | None = None
+    # By pair, from the gradient of combine to that of dispatch.
+    weight_grad_N: Tensor | None = None
+
+    @property
+    def arrived(self) -> Expansion:
+        if self.expansion is None:
+            raise RuntimeError("combine was called before the dispatch had arrived")
+        return self.expansion
+
+    def take_weight_grad(self) -> Tensor:
+        """By pair; zeros where combine had no backward pass."""
+        weight_grad_N, self.weight_grad_N = self.weight_grad_N, None
+        return torch.zeros_like(self.arrived.pair_weight_N) if weight_grad_N is None else weight_grad_N
+
+
+AnyTicket = TypeVar("AnyTicket", bound=Ticket)
+
+
+class Carrier(ABC, Generic[AnyTicket]):
+    """Without a lane, nothing travels and every way is done at once."""
+
+    def __init__(self, lane: Lane | None):
+        self.lane = lane
+
+    def dispatch(self, x_TD: Tensor, route: Route) -> Started[Arrived]:
+        ticket = self._ticket(x_TD, route, self.lane.trace.label if self.lane else Label())
+        way = Way(
+            "dispatch",
+            lambda x, weights: self._dispatch(x, route.experts_TK, weights, ticket),
+            lambda grad: self._dispatch_back(grad, ticket),
+        )
+        return Started(way, lambda rows: Arrived(rows, ticket.arrived.counts_E, ticket), x_TD, route.weights_TK)
+
+    def combine(self, rows_RD: Tensor, ticket: AnyTicket) -> Started[Tensor]:
+        way = Way(
+            "combine",
+            lambda rows: self._combine(rows, ticket),
+            lambda grad, rows: self._combine_back(grad, rows, ticket),
+            kept=(rows_RD.detach(),),
+        )
+        return Started(way, lambda y: y, rows_RD)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        if self.lane is not None:
+            self.lane.close()
+
+    @abstractmethod
+    def _ticket(self, x_TD: Tensor, route: Route, label: Label) -> AnyTicket: ...
+
+    @abstractmethod
+    def _dispatch(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, ticket: AnyTicket) -> Flying:
+        """Lands as the rows, [R, D], and the `counts_E` of what `ticket.expansion` then is."""
+
+    @abstractmethod
+    def _dispatch_back(self, grad_RD: Tensor, ticket: AnyTicket) -> Flying:
+        """Lands as the gradients of the tokens, [T, D], and of their weights, FP32 [T, K]."""
+
+    @abstractmethod
+    def _combine(self, rows_RD: Tensor, ticket: AnyTicket) -> Flying:
+        """Lands as the weighted sums of the tokens, [T, D]."""
+
+    @abstractmethod
+    def _combine_back(self, grad_TD: Tensor, rows_RD: Tensor, ticket: AnyTicket) -> Flying:
+        """Lands as the gradient of the rows, [R, D]; that of the weights stays in the ticket."""
