@@ -24,7 +24,14 @@ COMMANDS = {
     "export": ("export", "write a checkpoint as a Hugging Face model directory"),
     "import": ("import_", "start a run from a Hugging Face DeepSeek-V2/V3 directory"),
     "tokenize": ("tokenize", "turn text into memory-mapped token files"),
-    "bench fabric": ("bench", "compare dispatchers, ours and others', on a network with limited links (needs root)"),
+    "bench comm": (
+        "bench_comm",
+        "measure links and collectives of a cluster, and write a hardware file (under torchrun)",
+    ),
+    "bench fabric": (
+        "bench_fabric",
+        "compare dispatchers, ours and others', on a network with limited links (needs root)",
+    ),
     "completion": ("", 'print shell completion: eval "$(dstrain completion bash)"'),
 }
 
@@ -176,5 +183,5 @@ def complete(line: str) -> None:
 def _suggestion(command: str) -> str:
     longer = [name for name in COMMANDS if name.startswith(f"{command} ")]
     close = longer or get_close_matches(command, COMMANDS, n=1)
-    meant = f"Did you mean `dstrain {close[0]}`? " if close else ""
+    meant = f"Did you mean {' or '.join(f'`dstrain {name}`' for name in close)}? " if close else ""
     return f"{meant}`dstrain --help` lists the commands."

@@ -61,7 +61,8 @@ def test_version(line):
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"), [("trian", "train"), ("varify", "verify"), ("exprot", "export"), ("bench", "bench fabric")]
+    ("typed", "meant"),
+    [("trian", "train"), ("varify", "verify"), ("exprot", "export"), ("bench", "bench comm` or `dstrain bench fabric")],
 )
 def test_unknown_command(line, typed: str, meant: str):
     status, _, err = line(typed)
@@ -87,7 +88,7 @@ def test_help_of_the_other_commands(line, command: str):
     status, out, _ = line(*command.split(), "-h")
     assert status == 0
     # Only configs of training and suites of benches are composed of groups.
-    assert ("Groups" in out) == (command in ("verify", "bench fabric"))
+    assert ("Groups" in out) == (command in ("verify", "bench comm", "bench fabric"))
     assert out.startswith(f"dstrain {command} ")
 
 
@@ -153,7 +154,7 @@ def test_a_bug_keeps_its_traceback(line, monkeypatch):
 COMPLETED = [
     ("dstrain ", {"train", "verify", "generate", "export", "import", "tokenize", "bench", "completion"}),
     ("dstrain tr", {"train"}),
-    ("dstrain bench ", {"fabric"}),
+    ("dstrain bench ", {"comm", "fabric"}),
     ("dstrain bench fabric route_", {"route_nodes=", "route_skew="}),
     ("dstrain train mod", {"model=", "model."}),
     ("dstrain train model=ti", {"model=tiny"}),

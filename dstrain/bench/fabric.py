@@ -1,8 +1,8 @@
 """`dstrain bench fabric`: cases in turn on one network, the same model and routes for all.
 
 For each point a testbed and one launch of ranks; in every round every case runs a step that warms up and some that are
-measured, so that what changes on the machine meanwhile meets all alike. Compute alone is a case, too: where it takes
-longer than it should, the machine was too busy, and the figures are void.
+measured, so that what changes on the machine meanwhile meets all alike. Compute alone is a case, too: where its sleeps
+take longer than they should, the machine was too busy, and the figures are void.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from dstrain.schedule.table import Table, sequential
 # kernel cuts large packets first, and all their headers count.
 DEVICE_SHARE = 1.0023
 COUNTING_BURST_BYTES = 80 << 10
-# How far compute alone may be above its nominal time.
+# How far emulated compute may be above its nominal time.
 MOST_SLOWDOWN = 0.03
 FLAT = Case("alltoall")
 
@@ -42,7 +42,7 @@ class CaseFigures:
     slowest_ms: float
     # By the limiter of the busiest card, headers included, over its rate.
     wire_ms: float
-    # No order is faster than its compute alone, or than its bytes on the line.
+    # No order is faster than its compute (emulated: as it should be; real: alone), or than its bytes on the line.
     bound_ms: float
     # What the step takes longer than compute alone.
     exposed_ms: float
@@ -78,8 +78,9 @@ class PointFigures:
 
     config: FabricRoot
     nominal_compute_ms: float
-    # Compute alone, measured.
+    # Compute alone: the whole step, and what it slept.
     compute_ms: float
+    slept_ms: float
     flat_wire_ms: float
     cases: list[CaseFigures]
     # Name and reason.
@@ -87,8 +88,12 @@ class PointFigures:
 
     @property
     def is_void(self) -> bool:
-        slowest_ms = self.nominal_compute_ms * (1 + MOST_SLOWDOWN)
-        return self.config.compute == "emulated" and self.compute_ms > slowest_ms
+        return self.config.compute == "emulated" and self.lateness > MOST_SLOWDOWN
+
+    @property
+    def lateness(self) -> float:
+        """By what share of its time emulated compute took longer than it should."""
+        return self.slept_ms / self.nominal_compute_ms - 1
 
 
 @dataclass
@@ -116,8 +121,10 @@ def measure(config: FabricRoot, cases: Sequence[Case], left_out: dict[str, str],
                 say(f"round {number + 1} of {config.rounds}: {case.name if case else 'compute alone'}")
                 _sample(testbed, launch, Run(case, tables[case], config.steps), kept)
     compute_ms = median(_slowest(samples[None].steps))
-    figures = [_figures(case, samples[case], config, compute_ms, work) for case in cases]
-    return PointFigures(config, nominal_ms, compute_ms, flat_ms, figures, left_out)
+    slept_ms = median(rank.compute_ms for step in samples[None].steps for rank in step)
+    least_ms = nominal_ms or compute_ms
+    figures = [_figures(case, samples[case], config, least_ms, compute_ms, work) for case in cases]
+    return PointFigures(config, nominal_ms, compute_ms, slept_ms, flat_ms, figures, left_out)
 
 
 def _prepare(launch: Launch, config: FabricRoot, work: Workload, nominal_ms: float) -> float:
@@ -176,7 +183,10 @@ def _slowest(steps: Sequence[Sequence[StepFigures]]) -> list[float]:
     return [max(rank.step_ms for rank in step) for step in steps]
 
 
-def _figures(case: Case, samples: _Samples, config: FabricRoot, compute_ms: float, work: Workload) -> CaseFigures:
+def _figures(
+    case: Case, samples: _Samples, config: FabricRoot, least_ms: float, compute_ms: float, work: Workload
+) -> CaseFigures:
+    """`least_ms` bounds the compute of a step, `compute_ms` is what it takes alone."""
     steps_ms = _slowest(samples.steps)
     line_bytes = median(samples.line_bytes)
     wire_ms = line_bytes * 8 / config.rate_mbit / 1e3
@@ -191,7 +201,7 @@ def _figures(case: Case, samples: _Samples, config: FabricRoot, compute_ms: floa
         fastest_ms=min(steps_ms),
         slowest_ms=max(steps_ms),
         wire_ms=wire_ms,
-        bound_ms=max(compute_ms, wire_ms),
+        bound_ms=max(least_ms, wire_ms),
         exposed_ms=step_ms - compute_ms,
         waited_ms=None if case.is_peer else typical("waited_ms"),
         host_ms=None if case.is_peer or config.compute == "real" else typical("host_ms"),

@@ -48,14 +48,14 @@ def _legend() -> Iterator[str]:
         yield _rectangle(x, y - 10, 14, 12, name)
         yield _text(x + 20, y, words, "faint")
     yield _mark(MARGIN + 345, y - 11, 14)
-    yield _text(MARGIN + 355, y, "bound: the longer of compute alone and own bytes on the line", "faint")
+    yield _text(MARGIN + 355, y, "bound: the longer of compute and own bytes on the line", "faint")
 
 
 def _point(point: PointFigures, y: float) -> Iterator[str]:
     void = " (void: the machine was too busy)" if point.is_void else ""
-    yield _text(MARGIN, y + 22, title(point), "text title")
+    yield _text(MARGIN, y + 22, title(point) + void, "text title")
     yield _text(MARGIN, y + 41, about_routes(point), "faint")
-    yield _text(MARGIN, y + 59, about_compute(point) + void, "faint")
+    yield _text(MARGIN, y + 59, about_compute(point), "faint")
     longest_ms = max(case.step_ms for case in point.cases)
     for number, case in enumerate(point.cases):
         yield from _bar(case, point.compute_ms, SCALE / longest_ms, y + HEAD + number * (BAR + GAP))

@@ -106,7 +106,8 @@ def about_compute(point: PointFigures) -> str:
     """Emulated or real, and how it compares with the traffic that a flat dispatcher sends."""
     flat = f"flat BF16 traffic {point.flat_wire_ms:.0f} ms on the line"
     if point.config.compute == "emulated":
-        return f"emulated compute {point.nominal_compute_ms:.0f} ms (measured {point.compute_ms:.0f} ms) a step, {flat}"
+        took = f"slept {point.slept_ms:.0f} ms, alone {point.compute_ms:.0f} ms"
+        return f"emulated compute {point.nominal_compute_ms:.0f} ms ({took}) a step, {flat}"
     if point.config.compute == "real":
         return f"real compute {point.compute_ms:.0f} ms a step, {flat}"
     return f"no compute, {flat}"
@@ -135,8 +136,7 @@ def verdicts(point: PointFigures) -> list[str]:
     if shares and not wrong:
         lines.append(f"Bytes are within {MOST_BYTES_OFF:.0%} of theory in every case of ours.")
     if point.is_void:
-        percent = (point.compute_ms / point.nominal_compute_ms - 1) * 100
-        words = f"compute alone took {percent:.1f} % longer than it should, so the machine was too busy"
+        words = f"emulated compute took {point.lateness:.1%} longer than it should, so the machine was too busy"
         cure = "Stop other programs, or let the bench go first: `chrt -r 1 dstrain bench fabric ...`"
         lines.append(f"[bold yellow]These figures are void:[/] {words}. {cure}")
     return lines

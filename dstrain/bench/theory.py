@@ -14,6 +14,8 @@ from dstrain.schedule.simulate import Costs
 
 # Of a frame: Ethernet's header, and what IP and TCP (with time stamps) take of the MTU.
 FRAME_BYTES, HEADER_BYTES = 14, 52
+# Packing and unpacking, as a share of a block's forward pass (schedule/order.py assumes the same).
+LATENCY = 0.05
 COMPUTE_DTYPE = "bfloat16"
 # A way as the planner names it.
 PLANNED = {
@@ -76,7 +78,7 @@ def costs(work: Workload, case: Case, forward_ms: float, fabric: Fabric) -> Cost
         inside_ms = bytes_.busiest_inside(way) * 8e-3 / fabric.loopback_mbit if fabric.loopback_mbit else 0.0
         each_ms = max(across_ms, inside_ms) / (work.blocks * work.micro_batches)
         transfer_ms |= {(work_, name, block): each_ms for block in blocks}
-    return Costs(compute_ms, transfer_ms)
+    return Costs(compute_ms, transfer_ms, LATENCY * forward_ms)
 
 
 def line_ms(payload_bytes: float, rate_mbit: float | None, mtu: int) -> float:

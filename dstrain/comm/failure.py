@@ -9,8 +9,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 
@@ -51,6 +52,16 @@ def blaming(rank: int, world: int, trace: Trace) -> Iterator[None]:
         others = [other for other in range(world) if other != rank]
         what = ", ".join(filter(None, ("a collective", str(trace.label))))
         raise explain(broken(f"one of {names(others)}", others, what, None, str(error)), rank) from error
+
+
+def unless_broken(leave: Callable[[], None]) -> Callable[..., None]:
+    """For an ExitStack: what needs the other ranks is left undone where one of them is lost."""
+
+    def exit_(kind: type[BaseException] | None, error: BaseException | None, where: Any) -> None:
+        if not isinstance(error, PeerError):
+            leave()
+
+    return exit_
 
 
 def broken(who: str, suspects: Sequence[int], what: str, waited_s: float | None, cause: str) -> PeerError:

@@ -6,6 +6,7 @@ told.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,18 +50,27 @@ def measure(peers: Peers, link: Link, everyone: Peers, long_enough_s: float = LO
     return Speed(sent_bytes / max(taken_s - latency_s, 1e-9) / 1e9, latency_s)
 
 
-def _exchange_s(peers: Peers, targets: list[int], num_bytes: int, everyone: Peers) -> float:
-    """The time in which every rank has sent so many bytes to each target and got as many: that of the slowest."""
-    device = peers.trace.device
-    out = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    arriving = [torch.empty_like(out) for _ in targets]
+def slowest_s(act: Callable[[], object], everyone: Peers) -> float:
+    """How long the slowest rank takes for `act`, the device's part included; all begin together."""
+    device = everyone.trace.device
     _most(0, everyone)
     began = time.perf_counter()
-    for work in _start(peers, targets, out, arriving):
-        work.wait()
+    act()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return _most(time.perf_counter() - began, everyone)
+
+
+def _exchange_s(peers: Peers, targets: list[int], num_bytes: int, everyone: Peers) -> float:
+    """The time in which every rank has sent so many bytes to each target and got as many."""
+    out = torch.zeros(num_bytes, dtype=torch.uint8, device=peers.trace.device)
+    arriving = [torch.empty_like(out) for _ in targets]
+
+    def exchange() -> None:
+        for work in _start(peers, targets, out, arriving):
+            work.wait()
+
+    return slowest_s(exchange, everyone)
 
 
 def _start(peers: Peers, targets: list[int], out: Tensor, arriving: list[Tensor]) -> list[dist.Work]:

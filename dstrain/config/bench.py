@@ -1,10 +1,27 @@
 """The keys of `dstrain bench`, and the rules that span them."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 from dstrain.config.rules import above_zero, at_least, listed, need, one_of
+from dstrain.config.schema import Config
 
 MAX_NODES = 64
+
+
+@dataclass(frozen=True)
+class CommConfig:
+    """`dstrain bench comm`: what is written, and how often each exchange is timed."""
+
+    # The new hardware file. As hardware/<name>.yaml it is a choice: dstrain train --config-dir . hardware=<name>.
+    out: str = "hardware/measured.yaml"
+    # Rounds of which the median counts, after one that warms up.
+    rounds: int = 9
+
+
+@dataclass(frozen=True)
+class CommRoot(Config):
+    comm: CommConfig = field(default_factory=CommConfig)
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,17 @@ class FabricRoot:
 def points(config: FabricRoot) -> list[FabricRoot]:
     """The measurements of a bench, each as a config of its own."""
     return [_changed(config, point) for point in config.points] or [config]
+
+
+def check_comm(config: CommRoot, world_size: int) -> None:
+    """What a hardware file needs, besides the rules of a training run."""
+    cure = "Start several: torchrun --nproc-per-node 2 -m dstrain bench comm ..."
+    need(world_size > 1, ("WORLD_SIZE", world_size), "one process has no links to measure", cure)
+    at_least(config, 1, "comm.rounds")
+    out = Path(config.comm.out)
+    cure = "Give comm.out=hardware/<name>.yaml."
+    need(out.suffix == ".yaml", ("comm.out", config.comm.out), "a hardware file is YAML", cure)
+    need(not out.exists(), ("comm.out", config.comm.out), "there is such a file", "Remove it, or choose another one.")
 
 
 def check_fabric(config: FabricRoot) -> None:

@@ -9,18 +9,11 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
-from dstrain.config.bench import check_fabric
+from dstrain.config.bench import CommRoot, check_comm, check_fabric
+from dstrain.config.commands import ExportRoot, GenerateRoot, ImportRoot, TokenizeRoot, VerifyRoot
 from dstrain.config.keys import keys
 from dstrain.config.rules import above_zero, at_least, listed, near, need, need_text, one_of
-from dstrain.config.schema import (
-    Config,
-    ExportRoot,
-    GenerateRoot,
-    ImportRoot,
-    ModelConfig,
-    TokenizeRoot,
-    VerifyRoot,
-)
+from dstrain.config.schema import Config, ModelConfig
 from dstrain.errors import ConfigError
 
 RECOMPUTE = ("norm", "mla_up", "swiglu", "attend", "experts", "layer")
@@ -59,6 +52,12 @@ def check_training(config: Config, world_size: int) -> None:
         raise ConfigError("data.path", None, "training needs text", cure)
     if config.train.resume != "never" and not config.run.dir:
         raise ConfigError("train.resume", config.train.resume, "it needs the run to go on with", "Give run.dir.")
+
+
+def check_bench_comm(config: CommRoot, world_size: int) -> None:
+    _check_pipeline(config)
+    check_comm(config, world_size)
+    check(config, world_size)
 
 
 def resolve(config: Config, world_size: int | None = None) -> Config:
@@ -207,6 +206,7 @@ def check_machine(config: Config) -> None:
     at_least(config, 1, "metrics.moe_every_steps", "hardware.devices_per_node")
     at_least(config, 0, "checkpoint.every_steps", "checkpoint.keep_every_steps", "hardware.peak_bf16_tflops")
     at_least(config, 0, "hardware.memory_gib", "hardware.intra_node_gbytes_per_s", "hardware.inter_node_gbytes_per_s")
+    at_least(config, 0, "hardware.intra_node_latency_us", "hardware.inter_node_latency_us")
 
 
 def check_data(config: Config | TokenizeRoot) -> None:

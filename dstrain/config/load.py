@@ -33,16 +33,10 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from dstrain.config import check
-from dstrain.config.bench import FabricRoot
+from dstrain.config.bench import CommRoot, FabricRoot
+from dstrain.config.commands import ExportRoot, GenerateRoot, ImportRoot, TokenizeRoot, VerifyRoot
 from dstrain.config.keys import Key, is_node, keys, nearest, sections
-from dstrain.config.schema import (
-    Config,
-    ExportRoot,
-    GenerateRoot,
-    ImportRoot,
-    TokenizeRoot,
-    VerifyRoot,
-)
+from dstrain.config.schema import Config
 from dstrain.errors import ConfigError, UserError
 
 Root = Config | GenerateRoot | ExportRoot | ImportRoot | TokenizeRoot | FabricRoot
@@ -54,6 +48,7 @@ SCHEMAS: dict[str, type] = {
     "export": ExportRoot,
     "import": ImportRoot,
     "tokenize": TokenizeRoot,
+    "bench_comm": CommRoot,
     "bench_fabric": FabricRoot,
 }
 
@@ -135,6 +130,9 @@ def _finish(command: str, composed: DictConfig) -> Root:
 
 
 def _checked(command: str, config: Any, world_size: int) -> Any:
+    if command == "bench_comm":
+        check.check_bench_comm(config, world_size)
+        return check.resolve(config, world_size)
     if command != "train":
         check.CHECKS[command](config)
         return config

@@ -304,6 +304,9 @@ class HardwareConfig:
     devices_per_node: int = 1
     intra_node_gbytes_per_s: float = 0.0
     inter_node_gbytes_per_s: float = 0.0
+    # Of an exchange, beyond what its bytes take; 0: unknown, 20 is assumed (arXiv:2505.09343, table 5).
+    intra_node_latency_us: float = 0.0
+    inter_node_latency_us: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -331,70 +334,3 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     run: RunConfig = field(default_factory=RunConfig)
-
-
-@dataclass(frozen=True)
-class VerifyConfig:
-    """`dstrain verify`: what is compared, and how closely it must agree."""
-
-    # Optimiser steps after which parameters are compared.
-    steps: int = 3
-    # Largest relative error of the loss and of any gradient. None: 1e-5, or what dispatch.wire can do if that rounds.
-    tolerance: float | None = None
-    # Nodes to play: runs of that many ranks count as one. None: all ranks are on this machine.
-    ranks_per_node: int | None = None
-    # Seconds until a run that hangs is ended.
-    timeout_s: int = 600
-
-
-@dataclass(frozen=True)
-class VerifyRoot(Config):
-    verify: VerifyConfig = field(default_factory=VerifyConfig)
-
-
-@dataclass(frozen=True)
-class GenerateRoot:
-    """`dstrain generate`."""
-
-    run: RunConfig = field(default_factory=RunConfig)
-    prompt: str = ""
-    # Checkpoint step; None: the newest.
-    step: int | None = None
-    max_tokens: int = 200
-    # 0: always the likeliest token.
-    temperature: float = 0.8
-    # Sample from the smallest set of tokens that holds this probability.
-    top_p: float = 0.95
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class ExportRoot:
-    """`dstrain export`: a checkpoint of a run as a Hugging Face model directory."""
-
-    run: RunConfig = field(default_factory=RunConfig)
-    out: str = ""
-    step: int | None = None
-    # bfloat16 | float32 | fp8 (E4M3 with 128x128 block scales, `weight_scale_inv`)
-    dtype: str = "bfloat16"
-    # Largest size of one safetensors file in GiB.
-    shard_gib: float = 4.0
-
-
-@dataclass(frozen=True)
-class ImportRoot:
-    """`dstrain import`: a Hugging Face DeepSeek-V2/V3 directory as step 0 of a new run."""
-
-    path: str = ""
-    run: RunConfig = field(default_factory=RunConfig)
-
-
-@dataclass(frozen=True)
-class TokenizeRoot:
-    """`dstrain tokenize`: text into a .bin/.idx pair."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    # Prefix of the two files.
-    out: str = ""
-    # None: one process per core.
-    workers: int | None = None

@@ -26,8 +26,8 @@ from dstrain.mesh.topology import Link
 from dstrain.plan import node_limit
 from dstrain.plan.traffic import Router, Rows, Way, expected, link_bytes
 
-# Where the bandwidth is given: a kernel launch and a few microseconds on the link (arXiv:2505.09343, table 5).
-USUAL_LATENCY_S = 20e-6
+# Where the bandwidth alone is given: a kernel launch and a few microseconds on the link (arXiv:2505.09343, table 5).
+USUAL_LATENCY_US = 20.0
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,15 @@ def find_speeds(hardware: HardwareConfig, groups: Groups) -> Links:
     """Of the links between the ranks of an expert-parallel group; measured where the hardware file says 0."""
     if groups.ep is None or groups.world is None:
         return Links({}, "")
-    given = {Link.NODE: hardware.intra_node_gbytes_per_s, Link.NETWORK: hardware.inter_node_gbytes_per_s}
-    speeds = {link: Speed(value, USUAL_LATENCY_S) for link, value in given.items() if value}
+    given = {
+        Link.NODE: (hardware.intra_node_gbytes_per_s, hardware.intra_node_latency_us),
+        Link.NETWORK: (hardware.inter_node_gbytes_per_s, hardware.inter_node_latency_us),
+    }
+    speeds = {link: Speed(rate, (us or USUAL_LATENCY_US) * 1e-6) for link, (rate, us) in given.items() if rate}
     for link in given:
         if link not in speeds and (speed := measure(groups.ep, link, groups.world)) is not None:
             speeds[link] = speed
-    source = "from the hardware file" if given[Link.NETWORK] else "measured"
+    source = "from the hardware file" if hardware.inter_node_gbytes_per_s else "measured"
     return Links(speeds, source)
 
 

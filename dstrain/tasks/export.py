@@ -16,7 +16,7 @@ from dstrain.checkpoint.huggingface_config import to_json
 from dstrain.checkpoint.save import Checkpointer
 from dstrain.checkpoint.tokenizer_files import write_tokenizer
 from dstrain.checkpoint.weight_files import WeightWriter
-from dstrain.config.schema import ExportRoot
+from dstrain.config.commands import ExportRoot
 from dstrain.data.tokenizer import load_tokenizer
 from dstrain.engine.state import FlatShard
 from dstrain.errors import UserError

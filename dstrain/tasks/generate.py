@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from dstrain.config.schema import GenerateRoot
+from dstrain.config.commands import GenerateRoot
 from dstrain.data.tokenizer import StreamDecoder
 from dstrain.inference.generate import generate
 from dstrain.inference.load import load_model

@@ -17,8 +17,9 @@ from dstrain.checkpoint.huggingface_config import from_json
 from dstrain.checkpoint.save import Checkpointer
 from dstrain.checkpoint.tokenizer_files import copy_tokenizer
 from dstrain.checkpoint.weight_files import WeightReader
+from dstrain.config.commands import ImportRoot
 from dstrain.config.load import save
-from dstrain.config.schema import Config, DataConfig, ImportRoot, ModelConfig, MtpConfig, RunConfig, TrainConfig
+from dstrain.config.schema import Config, DataConfig, ModelConfig, MtpConfig, RunConfig, TrainConfig
 from dstrain.engine.state import FlatShard, Progress
 from dstrain.errors import UserError
 from dstrain.metrics.run_directory import RunDirectory

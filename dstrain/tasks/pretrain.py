@@ -7,7 +7,7 @@ Whatever can go wrong through no fault of the program raises the same UserError 
 
 import shlex
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dstrain.checkpoint.save import Checkpointer
 from dstrain.comm.agreement import on_first, together
-from dstrain.comm.failure import blaming
+from dstrain.comm.failure import blaming, unless_broken
 from dstrain.config import load
 from dstrain.config.schema import Config
 from dstrain.data.loader import Loader
@@ -28,7 +28,7 @@ from dstrain.dispatch.choose import Choice, choose
 from dstrain.engine.choose import make_engine
 from dstrain.engine.loop import StepReport, Trainer, rest_of_run
 from dstrain.engine.state import Progress
-from dstrain.errors import PeerError, SharedError, UserError
+from dstrain.errors import SharedError, UserError
 from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import Groups, Place, connect, disconnect
 from dstrain.metrics.console import Console
@@ -58,16 +58,6 @@ def run(config: Config) -> None:
             on_first(lambda: claim(directory, config), groups.background)
             stack.callback(directory.unlock)
             _train(config, groups, directory, stack)
-
-
-def unless_broken(leave: Callable[[], None]) -> Callable[..., None]:
-    """For an ExitStack: what needs the other ranks is left undone where one of them is lost."""
-
-    def exit_(kind: type[BaseException] | None, error: BaseException | None, where: Any) -> None:
-        if not isinstance(error, PeerError):
-            leave()
-
-    return exit_
 
 
 def claim(directory: RunDirectory, config: Config) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dstrain.config.schema import TokenizeRoot
+from dstrain.config.commands import TokenizeRoot
 from dstrain.data.indexed import TokenFile, bin_path, token_prefix, unigram_entropy
 from dstrain.data.tokenize import lock, tokenize
 from dstrain.errors import ConfigError

@@ -32,7 +32,8 @@ from rich.table import Column, Table
 from torch import Tensor
 from torch import multiprocessing as mp
 
-from dstrain.config.schema import Config, DispatchConfig, MeshConfig, PrecisionConfig, VerifyRoot
+from dstrain.config.commands import VerifyRoot
+from dstrain.config.schema import Config, DispatchConfig, MeshConfig, PrecisionConfig
 from dstrain.dispatch.choose import choose
 from dstrain.engine.choose import make_engine
 from dstrain.engine.loop import Batches, Trainer

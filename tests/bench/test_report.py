@@ -44,12 +44,12 @@ def point() -> PointFigures:
         case("alltoall/bfloat16/block", 3174.0, 2115.0),
         case("hierarchical/bfloat16/2", 1170.0, 711.0),
     ]
-    return PointFigures(FabricRoot(), 1053.0, 1060.0, 2106.0, cases, {"torchtitan": "it is not installed"})
+    return PointFigures(FabricRoot(), 1053.0, 1060.0, 1055.0, 2106.0, cases, {"torchtitan": "it is not installed"})
 
 
 @pytest.fixture
 def report(point: PointFigures) -> Report:
-    busy = replace(point, config=replace(point.config, route_nodes=1, loopback_mbit=640.0), compute_ms=1200.0)
+    busy = replace(point, config=replace(point.config, route_nodes=1, loopback_mbit=640.0), slept_ms=1200.0)
     return Report(Machine("A processor", 2, "6.18", "2.13", 0.5), {}, points=[point, busy])
 
 
@@ -81,7 +81,7 @@ def test_json_holds_figures_and_what_follows_from_them(report: Report, tmp_path)
 def test_the_table_says_what_was_measured_and_what_was_not(report: Report):
     text = shown(report, 0)
     assert "2 nodes x 2 ranks, 200 Mbit" in text
-    assert "emulated compute 1053 ms (measured 1060 ms)" in text
+    assert "emulated compute 1053 ms (slept 1055 ms, alone 1060 ms) a step" in text
     assert "A processor, 2 cores, load 0.5" in text
     assert "torchtitan is left out: it is not installed" in text
     assert "3.07" in text
@@ -96,7 +96,7 @@ def test_wrong_bytes_are_named(report: Report, point: PointFigures):
 
 
 def test_a_busy_machine_makes_figures_void(report: Report):
-    assert "compute alone took 14.0 % longer than it should" in shown(report, 1)
+    assert "emulated compute took 14.0% longer than it should" in shown(report, 1)
 
 
 def test_the_picture_shows_every_case_inside_its_frame(report: Report):

@@ -19,7 +19,8 @@ from transformers import (
 from transformers.modeling_layers import MtpModel
 
 from dstrain.checkpoint.huggingface import logical_tensors
-from dstrain.config.schema import ExportRoot, ImportRoot, ModelConfig, MtpConfig, RunConfig
+from dstrain.config.commands import ExportRoot, ImportRoot
+from dstrain.config.schema import ModelConfig, MtpConfig, RunConfig
 from dstrain.model.rope import rotation
 from dstrain.model.transformer import Transformer
 from dstrain.tasks import export, import_

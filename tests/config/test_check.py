@@ -16,20 +16,8 @@ from dstrain.config.check import (
     check_verify,
     resolve,
 )
-from dstrain.config.schema import (
-    Config,
-    Corpus,
-    DataConfig,
-    ExportRoot,
-    GenerateRoot,
-    ImportRoot,
-    LrPhase,
-    RecipeChange,
-    RunConfig,
-    TokenizeRoot,
-    TrainConfig,
-    VerifyRoot,
-)
+from dstrain.config.commands import ExportRoot, GenerateRoot, ImportRoot, TokenizeRoot, VerifyRoot
+from dstrain.config.schema import Config, Corpus, DataConfig, LrPhase, RecipeChange, RunConfig, TrainConfig
 from dstrain.errors import ConfigError
 
 GOOD = Config(train=TrainConfig(sequences=16), data=DataConfig(path="corpus.txt"))

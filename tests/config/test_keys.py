@@ -1,5 +1,6 @@
+from dstrain.config.commands import GenerateRoot
 from dstrain.config.keys import keys, nearest, sections
-from dstrain.config.schema import Config, GenerateRoot, LrPhase
+from dstrain.config.schema import Config, LrPhase
 
 
 def test_every_leaf_with_type_and_comment():

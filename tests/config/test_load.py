@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from dstrain.config import load
 from dstrain.config.check import check
-from dstrain.config.schema import Config, Corpus, EngineConfig, LrPhase, RecipeChange, VerifyRoot
+from dstrain.config.commands import VerifyRoot
+from dstrain.config.schema import Config, Corpus, EngineConfig, LrPhase, RecipeChange
 from dstrain.engine.recipe import batch_sequences
 from dstrain.errors import ConfigError, UserError
 

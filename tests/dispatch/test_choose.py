@@ -15,7 +15,7 @@ from dstrain.config.schema import (
     PrecisionConfig,
     TrainConfig,
 )
-from dstrain.dispatch.choose import Links, Task, choose, decide, estimate, make_dispatcher
+from dstrain.dispatch.choose import Links, Task, choose, decide, estimate, find_speeds, make_dispatcher
 from dstrain.errors import ConfigError
 from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import Groups, Place, connect
@@ -149,6 +149,17 @@ def test_choices_over_two_nodes():
     assert measured_[2].endswith("between nodes (measured)")
     assert flat == ("AllToAllDispatcher", "fp8 fp8", "alltoall: asked for; 2 nodes of 2 ranks")
     assert explicit[2] == "hierarchical: asked for; 2 nodes of 2 ranks"
+
+
+def speeds_of_file(rank: int, world: int) -> dict[Link, Speed]:
+    written = HardwareConfig(intra_node_gbytes_per_s=10.0, inter_node_gbytes_per_s=2.0, inter_node_latency_us=300.0)
+    return find_speeds(written, joined(rank, world, world, 1)).speeds
+
+
+def test_a_hardware_file_may_know_latencies():
+    speeds = spawn(speeds_of_file, 2)[0]
+    assert speeds[Link.NETWORK] == Speed(2.0, pytest.approx(300e-6))
+    assert speeds[Link.NODE] == Speed(10.0, pytest.approx(20e-6))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dstrain.config.schema import ExportRoot, ImportRoot, RunConfig
+from dstrain.config.commands import ExportRoot, ImportRoot
+from dstrain.config.schema import RunConfig
 from dstrain.errors import ConfigError, UserError
 from dstrain.tasks import export, import_
 from tests.checkpoint.huggingface_cases import MODELS, V2, WITH_MTP, random_model, read_run, write_run

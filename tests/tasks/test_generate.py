@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from dstrain.config.schema import GenerateRoot, RunConfig
+from dstrain.config.commands import GenerateRoot
+from dstrain.config.schema import RunConfig
 from dstrain.data.tokenizer import ByteTokenizer
 from dstrain.inference.generate import generate
 from dstrain.model.transformer import Transformer

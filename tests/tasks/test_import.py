@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dstrain.checkpoint.save import Checkpointer
+from dstrain.config.commands import ExportRoot, ImportRoot
 from dstrain.config.load import read
-from dstrain.config.schema import ExportRoot, ImportRoot, MtpConfig, RunConfig
+from dstrain.config.schema import MtpConfig, RunConfig
 from dstrain.engine.state import FlatShard
 from dstrain.errors import ConfigError, UserError
 from dstrain.tasks import export, import_

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dstrain.config import load
-from dstrain.config.schema import VerifyConfig, VerifyRoot
+from dstrain.config.commands import VerifyConfig, VerifyRoot
 from dstrain.errors import UserError
 from dstrain.mesh.axes import Mesh
 from dstrain.tasks import verify
