@@ -65,7 +65,7 @@ def make_config(args: argparse.Namespace, case: Case) -> Config:
         mesh=MeshConfig(ep=args.ranks, dp=1),
         model=MODEL,
         train=TrainConfig(seq_len=SEQ_LEN, sequences=sequences * args.ranks, micro_batch=sequences),
-        dispatch=DispatchConfig(kind=args.dispatch, expert_chunk_rows=case.chunk_rows or None),
+        dispatch=DispatchConfig(kind=args.dispatch, expert_chunk_rows=case.chunk_rows),
         precision=PrecisionConfig(args.compute_dtype, "float32", "float32"),
     )
 

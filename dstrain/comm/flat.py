@@ -78,7 +78,7 @@ class FlatCollectives:
 
         stages: list[Stage] = [depart, lambda _: work.relay(), lambda _: work.arrive()]
         if self.trace.device.type == "cuda":
-            # Threads must not share a communicator, and on a device the stages are asynchronous anyway.
+            # Threads must not share a communicator: buckets go one after the other.
             stages = [_in_turn(stages)]
         return self._lane.submit(stages, work.transfer, [work.x_NLS], close)
 

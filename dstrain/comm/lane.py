@@ -131,7 +131,9 @@ class Lane:
         if not self._finalizer.alive:
             raise RuntimeError("the lane is closed")
         shared, flight = self._shared, Flight(self.trace, transfer)
-        shared.room.acquire()
+        if not shared.room.acquire(blocking=False):
+            with self.trace.waiting(transfer):
+                shared.room.acquire()
         with shared.lock:
             failure = shared.failure
             if failure is None:

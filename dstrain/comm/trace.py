@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -140,19 +140,17 @@ class Trace:
 
     @contextmanager
     def waiting(self, transfer: Transfer | None = None) -> Iterator[None]:
-        """Around every wait of compute: wall time on a CPU; on a GPU, where the host doesn't block, time on the
-        current stream."""
-        kind = transfer.kind if transfer else "other"
-        if self.device.type == "cuda":
-            with self._events(self._waits, kind):
-                yield
-            return
+        """Around every wait of compute, which is timed by the clock on a CPU, and on a GPU on the current stream."""
+        kind, on_gpu = transfer.kind if transfer else "other", self.device.type == "cuda"
         began = time.perf_counter()
-        yield
+        with self._events(self._waits, kind) if on_gpu else nullcontext():
+            yield
         ended = time.perf_counter()
-        self._waited_ms[kind] += (ended - began) * 1e3
         if transfer is not None:
             transfer.waited_s += ended - began
+        if on_gpu:
+            return
+        self._waited_ms[kind] += (ended - began) * 1e3
         if self.keeps_spans:
             self._spans.append(Span(f"wait {kind}", self.label, began, ended))
 

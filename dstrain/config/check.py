@@ -90,7 +90,7 @@ def check_dispatch(config: Config) -> None:
         raise ConfigError("dispatch.kind", "local", "it can't reach experts on other ranks", cure)
     one_of(config, "dispatch.wire", "auto", "float32", "bfloat16", "fp8", "fp4")
     if dispatch.expert_chunk_rows is not None:
-        at_least(config, 1, "dispatch.expert_chunk_rows")
+        at_least(config, 0, "dispatch.expert_chunk_rows")
     at_least(config, 0, "dispatch.placement.every_steps", "dispatch.placement.min_gain")
     if config.schedule.in_flight is not None:
         at_least(config, 1, "schedule.in_flight")

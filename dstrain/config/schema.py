@@ -168,7 +168,7 @@ class DispatchConfig:
     # bfloat16 | fp8 (E4M3, a scale per 128) | fp4 (E2M1, a scale per 32; an experiment)
     wire: str = "auto"
     # Rows that the experts of a rank take at once; more go through in chunks that are computed again in the backward
-    # pass: an expert that takes all tokens costs time, not memory. None: all at once.
+    # pass: an expert that takes all tokens costs time, not memory. None: twice as many as come at an even load; 0: all.
     expert_chunk_rows: int | None = None
     placement: PlacementConfig = field(default_factory=PlacementConfig)
 

@@ -194,8 +194,9 @@ class Trainer:
         began = time.perf_counter()
         self.groups.trace.label = Label(step=self.progress.step + 1)
         sums = self.accumulate()
-        grad_norm = self.engine.reduce()
         sums.wait()
+        # On a GPU it ends with a synchronisation: from then on, the times of all waits are known.
+        grad_norm = self.engine.reduce()
         exposed_ms = sum(self.groups.trace.waited_ms().values())
         worst = sums.parts_5.new_tensor([float(stop), _peak_memory_gib(self.groups.place.device), exposed_ms])
         any_stop, memory_gib, exposed_ms = all_reduce_max(worst, self.groups.world).tolist()

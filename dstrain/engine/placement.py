@@ -76,10 +76,8 @@ class Placer:
 
     @property
     def _nodes(self) -> int:
-        """Nodes of the expert-parallel group."""
-        ep = self.groups.ep
-        grid = self.groups.topology.grid(ep.ranks) if ep else None
-        return len(grid) if grid else 1
+        """Nodes of each expert-parallel group; all ranks must decide alike."""
+        return self.groups.topology.nodes_of_each(self.groups.mesh.ep_groups())
 
     @torch.no_grad()
     def after_step(self, step: int, load_LE: Tensor) -> Moved | None:
@@ -166,7 +164,8 @@ def redistribute(before: Shards, after: Shards, mailbox: Mailbox, peers: Peers) 
     changing = {name: (_ranges(before[name]), _ranges(after[name])) for name in before}
     changing = {name: (old, new) for name, (old, new) in changing.items() if old != new}
     everyone: list[Any] = [None] * peers.size
-    dist.all_gather_object(everyone, changing, group=peers.group)
+    with peers.trace.waiting():
+        dist.all_gather_object(everyone, changing, group=peers.group)
     nothing: tuple[Ranges, Ranges] = ([], [])
     sent_bytes = 0
     for name in sorted({name for of_rank in everyone for name in of_rank}):

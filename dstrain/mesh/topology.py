@@ -45,3 +45,12 @@ class Topology:
         grid = self.nodes(ranks)
         even = len({len(node) for node in grid}) == 1 and [rank for node in grid for rank in node] == list(ranks)
         return grid if even else None
+
+    def nodes_of_each(self, groups: Sequence[Sequence[int]]) -> int:
+        """Equally large nodes that every one of the groups spans; 1 where they are not alike.
+
+        The same on all ranks, whichever group they are in.
+        """
+        grids = [self.grid(ranks) for ranks in groups]
+        numbers = {1 if grid is None else len(grid) for grid in grids}
+        return numbers.pop() if len(numbers) == 1 else 1

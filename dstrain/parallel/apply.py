@@ -59,9 +59,18 @@ def build_model(config: Config, groups: Groups) -> Transformer:
     init_weights(model, config.train.seed)
     for module in model.modules():
         if isinstance(module, Experts):
-            module.chunk_rows = config.dispatch.expert_chunk_rows
+            module.chunk_rows = chunk_rows(config)
     apply_recompute(model, config.train.recompute)
     return model
+
+
+def chunk_rows(config: Config) -> int | None:
+    """Rows that the experts of a rank take at once; None: all."""
+    given, train = config.dispatch.expert_chunk_rows, config.train
+    if given is None:
+        # At an even load, as many rows arrive as tokens set out, once for each of their experts.
+        return 2 * train.micro_batch * train.seq_len * config.model.experts_per_token
+    return given or None
 
 
 def logical_parameters(model: Transformer) -> list[LogicalParameter]:

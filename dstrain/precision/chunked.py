@@ -63,7 +63,7 @@ class _ChunkedExperts(torch.autograd.Function):
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         (rows_RD, ends_E), (gate_up, down) = ctx.saved_tensors, ctx.weights
         grad_rows_RD, grad_RD = torch.empty_like(rows_RD), grad_RD.contiguous()
-        # Added in FP32 and rounded once, as in a product of all rows.
+        # Added in FP32: in BF16, the sum of each chunk has been rounded once, and the whole is again.
         grad_gate_up, grad_down = (torch.zeros_like(weight, dtype=torch.float32) for weight in (gate_up, down))
         for chunk, ends in _chunks(len(rows_RD), ends_E, ctx.chunk_rows):
             with torch.enable_grad():

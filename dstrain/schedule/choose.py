@@ -18,7 +18,7 @@ from dstrain.mesh.groups import Groups
 from dstrain.schedule.order import fixed, planned
 from dstrain.schedule.run import DIRECTIONS
 from dstrain.schedule.simulate import Costs, simulate
-from dstrain.schedule.table import Table, from_text, sequential, starts, to_text
+from dstrain.schedule.table import Table, check, from_text, sequential, starts, to_text
 
 # Counted from the start of the process.
 TIMED_STEP = 2
@@ -78,14 +78,21 @@ class Orders:
             return sequential(self.blocks, micro_batches)
         # By the first rank alone: it takes seconds of compute, which the ranks of a machine would take from each other.
         text = [to_text(self._planned(micro_batches, count)) if self.groups.place.rank == 0 else ""]
-        dist.broadcast_object_list(text, src=0, group=self.groups.background)
+        with self.groups.trace.waiting():
+            dist.broadcast_object_list(text, src=0, group=self._everyone)
         table = from_text(text[0])
+        check(table, self.blocks, micro_batches, count)
         self.reason = f"{start}, planned for transfers as long as the compute"
         if self._costs is not None:
             played = simulate(table, self._costs)
             expected = f"{played.makespan_ms:,.0f} ms of which compute waits {played.exposed_ms:,.0f}"
             self.reason = f"{start}, planned from the times of step {TIMED_STEP}: {expected}"
         return table
+
+    @property
+    def _everyone(self) -> dist.ProcessGroup | None:
+        """Whose collectives a rank that stalls ends after mesh.timeout_s, unlike those in the background."""
+        return self.groups.world.group if self.groups.world else None
 
     def _planned(self, micro_batches: int, count: int) -> Table:
         if self._costs is None:
@@ -95,7 +102,8 @@ class Orders:
     def _agreed(self, own: Costs) -> Costs:
         """The same costs on all ranks."""
         by_rank = [own] * self.groups.place.world
-        dist.all_gather_object(by_rank, own, group=self.groups.background)
+        with self.groups.trace.waiting():
+            dist.all_gather_object(by_rank, own, group=self._everyone)
         return typical(by_rank)
 
 

@@ -112,9 +112,11 @@ def trainer_of(config: Config, groups: Groups) -> Trainer:
     return Trainer(config, groups, model, engine, lambda first, count: samples(config, first, count), Progress())
 
 
-def trained(rank: int, world: int, mesh: Mesh, config: Config) -> tuple[float, int, list[Placement]]:
+def trained(
+    rank: int, world: int, mesh: Mesh, config: Config, ranks_per_node: int = 2
+) -> tuple[float, int, list[Placement]]:
     """After three steps: the worst error against experts that stay, how many moved on the way, and to where."""
-    groups = connect(mesh, Place(rank, world, CPU), ranks_per_node=2)
+    groups = connect(mesh, Place(rank, world, CPU), ranks_per_node=ranks_per_node)
     moving = trainer_of(replace(config, dispatch=replace(config.dispatch, placement=PlacementConfig(1, 0.0))), groups)
     staying = trainer_of(config, groups)
     moved = sum(moving.step().moved.experts for _ in range(3))
@@ -138,6 +140,16 @@ def test_where_tokens_visit_few_nodes_groups_stay_whole_in_a_node():
     assert moved > 0
     assert error < 1e-5
     assert all(len({expert // 2 for expert in (*a, *b)}) == 2 for a, b, *_ in placements)
+
+
+def test_ranks_decide_alike_where_groups_lie_differently_over_the_nodes():
+    router = RouterConfig(num_groups=4, groups_per_token=2)
+    config = tiny_config(model={"num_experts": 8, "router": router}, dispatch={"kind": "rank"})
+    # The first group is on one node, the second one on two.
+    results = spawn(trained, 4, Mesh(dp=2, ep=2), config, 3)
+    assert all(error < 1e-5 for error, _, _ in results)
+    assert all((moved, placements) == results[0][1:] for _, moved, placements in results)
+    assert results[0][1] > 0
 
 
 def skewed(rank: int, world: int, gains: list[float]) -> list[tuple[list[Moved | None], list[list[Placement]]]]:

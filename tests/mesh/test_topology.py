@@ -30,3 +30,18 @@ def test_links():
 )
 def test_grid(nodes: tuple[int, ...], ranks: list[int], grid: list[list[int]] | None):
     assert Topology(nodes).grid(ranks) == grid
+
+
+@pytest.mark.parametrize(
+    ("nodes", "groups", "number"),
+    [
+        ((0, 0, 1, 1), [[0, 1, 2, 3]], 2),
+        ((0, 0, 1, 1), [[0, 1], [2, 3]], 1),
+        # One group sits on a node, the other one on two.
+        ((0, 0, 0, 1), [[0, 1], [2, 3]], 1),
+        ((0, 0, 0, 1), [[0, 1, 2, 3]], 1),
+        ((0, 0, 1, 1, 2, 2, 3, 3), [[0, 1, 2, 3], [4, 5, 6, 7]], 2),
+    ],
+)
+def test_nodes_of_groups_that_are_alike(nodes: tuple[int, ...], groups: list[list[int]], number: int):
+    assert Topology(nodes).nodes_of_each(groups) == number
