@@ -5,6 +5,7 @@ import re
 import signal
 import time
 from dataclasses import replace
+from itertools import product
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import torch.distributed as dist
 
 from dstrain.config import load
 from dstrain.config.commands import VerifyConfig, VerifyRoot
+from dstrain.config.schema import DispatchConfig, MeshConfig
 from dstrain.errors import UserError
 from dstrain.mesh.axes import Mesh
 from dstrain.tasks import verify
 from dstrain.tasks.verify import Difference, assemble, compare, print_table, run_processes
+from tests.gloo.spawn import spawn
 
 LIMITED = VerifyRoot(verify=VerifyConfig(timeout_s=60))
 
@@ -147,6 +150,74 @@ def test_nodes_can_be_played_and_a_wire_format_may_round(capsys: pytest.CaptureF
     assert "computes the same as one process (1 steps in FP32, tolerance 0.15)" in said
     errors = [float(number) for number in re.findall(r"gradient │ ([\d.e-]+) ", said)]
     assert max(errors) > 1e-2
+
+
+# A dispatcher, a wire format, and micro-batches in flight.
+Case = tuple[str, str, int]
+CASES: list[Case] = list(product(("alltoall", "rank", "hierarchical"), ("float32", "bfloat16", "fp8", "fp4"), (1, 2)))
+
+
+def steps_of(wire: str) -> int:
+    """Exact rows also show that the second step has the weights of the first; the others would only round once more."""
+    return 2 if wire == "float32" else 1
+
+
+def of_case(config: VerifyRoot, case: Case, folder: Path) -> tuple[VerifyRoot, Path]:
+    """What runs, and where its ranks write."""
+    kind, wire, in_flight = case
+    made = replace(
+        config,
+        dispatch=replace(config.dispatch, kind=kind, wire=wire),
+        schedule=replace(config.schedule, in_flight=in_flight),
+        verify=replace(config.verify, steps=steps_of(wire)),
+    )
+    return made, folder / f"{kind} {wire} {in_flight}"
+
+
+def run_every_case(rank: int, world: int, config: VerifyRoot, mesh: Mesh, folder: Path) -> None:
+    """The layouts one after the other, in one set of processes and groups: to start them takes longer than to run."""
+    groups = verify._join(rank, mesh, 0, config.verify.ranks_per_node)
+    verify._join, verify.disconnect = lambda *_: groups, lambda: None
+    for case in CASES:
+        made, into = of_case(config, case, folder)
+        into.mkdir(exist_ok=True)
+        verify._layout(rank, made, mesh, 0, into)
+
+
+def bits(layout: dict[str, Any]) -> list[Any]:
+    """Equal if all figures are, to the last bit."""
+    tensors = [(kind, sorted(layout[kind].items())) for kind in ("grads", "parameters")]
+    named = [(kind, name, tensor.numpy().tobytes()) for kind, items in tensors for name, tensor in items]
+    return [layout["losses"], layout["norms"], *named]
+
+
+@pytest.mark.slow
+def test_every_dispatcher_and_wire_format_with_and_without_overlap(tmp_path: Path):
+    config = verify.prepare(load.compose("verify", ["mesh.ep=4", "verify.ranks_per_node=2"]))
+    # One process has no dispatcher and no wire: what it computes is the reference for all of them.
+    alone = replace(config, mesh=MeshConfig(), dispatch=DispatchConfig())
+    references = {
+        steps: run_processes(
+            verify._reference, replace(alone, verify=VerifyConfig(steps=steps)), Mesh(), tmp_path / f"{steps} steps"
+        )
+        for steps in (1, 2)
+    }
+    spawn(run_every_case, 4, config, Mesh(1, 1, 4), tmp_path, timeout_s=150)
+    layouts = {}
+    for case in CASES:
+        kind, wire, in_flight = case
+        made, folder = of_case(config, case, tmp_path)
+        layout = assemble([torch.load(folder / f"rank-{rank:05d}.pt", weights_only=True) for rank in range(4)])
+        how, limit = f"dispatch {kind}, wire {wire}, {in_flight} of 2 micro-batches in flight", verify.tolerance(made)
+        assert layout["how"].startswith(how)
+        found = compare(references[steps_of(wire)], layout, by_norm=verify.rounds(made))
+        errors = {(row.what, row.name): row.error for row in found}
+        assert not {what: error for what, error in errors.items() if not error <= limit}, how
+        # What travels in another format than the one that was asked for would be closer, or farther off.
+        assert wire == "float32" or max(errors.values()) > limit / 10, how
+        layouts[case] = layout
+    for kind, wire, in_flight in CASES:
+        assert bits(layouts[kind, wire, in_flight]) == bits(layouts[kind, wire, 1]), f"{kind} {wire}"
 
 
 @pytest.mark.slow
