@@ -1,11 +1,12 @@
-"""The published example of EPLB is the oracle of `place`; invariants hold for every load."""
+"""`rebalance` against EPLB (eplb.py, which is held against its published example); invariants for every load."""
 
 import random
 from collections import Counter
 
 import pytest
 
-from dstrain.plan.placement import Placement, contiguous, pack, place, rank_loads, rebalance, replicate, slots
+from dstrain.plan.placement import Placement, contiguous, pack, rank_loads, rebalance, slots
+from tests.plan.eplb import place, replicate
 
 # Loads and placement of the example in the README of github.com/deepseek-ai/EPLB: two layers of 12 experts in 4 groups,
 # 16 replicas on 8 GPUs of 2 nodes.
