@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from dstrain.bench.case import Case
 from dstrain.bench.workload import Workload
-from dstrain.mesh.topology import Link
 from dstrain.schedule.action import Action
 
 
@@ -49,12 +48,9 @@ class StepFigures:
     # Of the main thread: sleeping for the accelerator, and waiting for the network.
     compute_ms: float
     waited_ms: float
-    # Time in which something travelled, as this rank knows.
-    busy_ms: float
     # Processor time of the main thread, and of all threads.
     main_cpu_ms: float
     cpu_ms: float
-    sent_bytes: dict[Link, int]
 
     @property
     def host_ms(self) -> float:

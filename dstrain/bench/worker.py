@@ -74,9 +74,8 @@ class _Bench:
         before = clock.slept_s, time.thread_time(), time.process_time(), time.perf_counter()
         step(table, inputs)
         now = clock.slept_s, time.thread_time(), time.process_time(), time.perf_counter()
-        totals = trace.take()
         compute, main_cpu, cpu, whole = ((b - a) * 1e3 for a, b in zip(before, now, strict=True))
-        return StepFigures(whole, compute, totals.exposed_ms, totals.busy_ms, main_cpu, cpu, totals.link_bytes)
+        return StepFigures(whole, compute, trace.take().exposed_ms, main_cpu, cpu)
 
     def _build(self, case: Case | None) -> Step:
         """What runs a step."""

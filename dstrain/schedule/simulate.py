@@ -92,12 +92,6 @@ class Timeline:
             peak = max(peak, pending)
         return peak
 
-    def draw(self, width: int = 100) -> str:
-        """Two rows of characters: the compute stream and the link, a character per time slice, named by micro-batch;
-        upper case letters are backward passes, + weight gradients, . nothing."""
-        compute, link = (_row(intervals, self.makespan_ms, width) for intervals in (self.computes, self.transfers))
-        return f"compute {compute}\nlink    {link}"
-
 
 def simulate(table: Table, costs: Costs) -> Timeline:
     blocks = costs.blocks
@@ -116,13 +110,3 @@ def simulate(table: Table, costs: Costs) -> Timeline:
             arrival_ms[action] = link_ms + costs.latency_ms
             transfers.append(Interval(transfer, departure_ms, link_ms))
     return Timeline(computes, transfers)
-
-
-def _row(intervals: list[Interval], makespan_ms: float, width: int) -> str:
-    row = ["."] * width
-    for interval in intervals:
-        letter = "abcdefghijklmnopqrstuvwxyz"[interval.work.micro_batch % 26]
-        mark = {Pass.FORWARD: letter, Pass.BACKWARD: letter.upper(), Pass.WEIGHT: "+"}[interval.work.work]
-        first, end = (round(time_ms / makespan_ms * width) for time_ms in (interval.start_ms, interval.end_ms))
-        row[first:end] = mark * (end - first)
-    return "".join(row)

@@ -51,10 +51,3 @@ def test_even_costs(fp8: bool):
     timeline = simulate(sequential(3, 2), even_costs(3, wire=0.5, fp8=fp8, last=0.4))
     assert timeline.compute_ms == pytest.approx(2 * 3 * (3 + 0.4))
     assert timeline.wire_ms == pytest.approx(0.5 * timeline.compute_ms)
-
-
-def test_draw():
-    compute, link = simulate(sequential(1, 1), even_costs(1)).draw(width=60).splitlines()
-    assert len(compute) == len(link)
-    assert set("aA+") <= set(compute)
-    assert set("aA") <= set(link)
