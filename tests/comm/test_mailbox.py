@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import threading
 import time
 from datetime import timedelta
@@ -177,9 +178,13 @@ def test_buffers_are_reused():
     assert pool.idle_bytes == 0
 
 
+# A busy machine adds less than two time-outs, so that three in a row are too long.
+TIMEOUT_S, BUSY_S = 5, 9
+
+
 def failing(rank: int, world: int, mode: str) -> tuple[str, str, float] | None:
     """One exchange works; before the next one rank 1 dies, or does nothing."""
-    peers = everyone(dist.new_group(timeout=timedelta(seconds=2)))
+    peers = everyone(dist.new_group(timeout=timedelta(seconds=TIMEOUT_S)))
     box = GlooMailbox(peers, 0, Pool())
     exchange = depart(box, begin(peers), 0, False)
     assert arrived(exchange, rank, 0)
@@ -208,6 +213,10 @@ def test_a_lost_peer_is_named(mode: str):
         assert message.startswith("rank 1 (group ep)")
         assert "in dispatch, layer 3, micro-batch 5, forward" in message
         assert ("is gone" in message) == (mode == "dies")
-        assert ("did not answer" in message and " after 2." in message) == (mode == "stalls")
+        assert ("did not answer" in message) == (mode == "stalls")
         assert "RuntimeError" in cause
-        assert took_s < 20
+        waited_s = float(re.findall(r" after ([\d.]+) s of waiting", message)[0])
+        assert (waited_s >= TIMEOUT_S) == (mode == "stalls")
+        assert waited_s <= took_s + 0.05
+        # A connection that breaks is noticed at once, silence after one time-out.
+        assert took_s < (TIMEOUT_S if mode == "stalls" else 0) + BUSY_S
