@@ -93,7 +93,8 @@ def about_routes(point: PointFigures) -> str:
     """What travels on it."""
     config = point.config
     parts = [
-        f"{config.num_blocks} blocks, {config.micro_batches} micro-batches of {config.tokens} tokens a rank",
+        f"{config.num_blocks} block{'s' * (config.num_blocks > 1)}",
+        f"{config.micro_batches} micro-batches of {config.tokens} tokens a rank",
         f"hidden size {config.hidden_size}",
         f"top {config.experts_per_token} of {config.num_experts} experts",
         f"at most {config.route_nodes} nodes a token" if config.route_nodes else "",
@@ -136,8 +137,9 @@ def verdicts(point: PointFigures) -> list[str]:
     if shares and not wrong:
         lines.append(f"Bytes are within {MOST_BYTES_OFF:.0%} of theory in every case of ours.")
     if point.is_void:
-        words = f"emulated compute took {point.lateness:.1%} longer than it should, so the machine was too busy"
-        cure = "Stop other programs, or let the bench go first: `chrt -r 1 dstrain bench fabric ...`"
+        slept, alone = (ms / point.nominal_compute_ms - 1 for ms in (point.slept_ms, point.compute_ms))
+        words = f"sleeps took {slept:.1%} longer than they should, a step without transfers {alone:.1%}"
+        cure = "Stop other programs, let the bench go first (`chrt -r 1 dstrain bench ...`), or give it more tokens."
         lines.append(f"[bold yellow]These figures are void:[/] {words}. {cure}")
     return lines
 

@@ -114,6 +114,9 @@ def check_comm(config: CommRoot, world_size: int) -> None:
 
 def check_fabric(config: FabricRoot) -> None:
     need(bool(config.cases), ("cases", "[]"), "there is nothing to measure", "Name at least one case.")
+    out = Path(config.out)
+    fresh = not config.out or not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    need(fresh, ("out", config.out), "it is there already, with figures in it perhaps", "Choose another directory.")
     for point in points(config):
         _check_point(point)
 
@@ -151,7 +154,12 @@ def _check_experts(config: FabricRoot) -> None:
     need(experts % ranks == 0, ("num_experts", experts), rule, f"Set it to {sizes} or another multiple of {ranks}.")
     if config.route_nodes is not None:
         value = ("route_nodes", config.route_nodes)
-        need(1 <= config.route_nodes <= config.nodes, value, f"there are {config.nodes} nodes", "Set it to 1 or more.")
+        need(
+            1 <= config.route_nodes <= config.nodes,
+            value,
+            f"there are {config.nodes} nodes",
+            "Choose 1 or up to so many.",
+        )
     allowed = experts // config.nodes * (config.route_nodes or config.nodes)
     value = ("experts_per_token", config.experts_per_token)
     need(config.experts_per_token <= allowed, value, f"a token may choose among {allowed} experts", "Lower it.")

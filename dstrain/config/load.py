@@ -159,9 +159,9 @@ def _prepare(schema: type, arguments: Sequence[str]) -> list[str]:
             raise _unknown(override["key"], override["value"], schema)
         prepared.append(_as_text(override, leaves, multirun) if override else argument)
         if override and override["key"] in leaves:
-            # Right beside it: Hydra's parser wants overrides in one row, whatever flags come before or after.
             prepared += _dropped(override["key"], _values(arguments))
-    return prepared
+    # Hydra's parser wants overrides in one row, flags before or after them.
+    return sorted(prepared, key=lambda argument: _OVERRIDE.fullmatch(argument) is None)
 
 
 def _dropped(key: str, values: dict[str, str]) -> list[str]:
@@ -348,7 +348,7 @@ def _explain_choice(error: Exception, schema: type, arguments: Sequence[str]) ->
     if not found:
         return UserError(" ".join(line.strip() for line in str(error).splitlines() if line.strip()))
     name, value = found[1], _values(arguments).get(found[1], "")
-    if name == "experiment" and issubclass(schema, Config):
+    if name in ("experiment", "routing") and issubclass(schema, Config):
         return ConfigError(name, value, "it is not part of the defaults", f"Add it with a plus: +{name}={value}.")
     return _unknown(name, value, schema)
 

@@ -1,5 +1,6 @@
 """What the rules of a config are made of: each raises a ConfigError with field, value, rule and cure."""
 
+from math import inf
 from operator import attrgetter
 from typing import Any
 
@@ -15,13 +16,19 @@ def need(condition: bool, field: tuple[str, Any], rule: str, cure: str) -> None:
 def at_least(node: Any, least: int, *names: str) -> None:
     for name in names:
         value = attrgetter(name)(node)
+        _need_finite(node, name, value)
         need(value >= least, (_full(node, name), value), f"it must be at least {least}", "Raise it.")
 
 
 def above_zero(node: Any, *names: str) -> None:
     for name in names:
         value = attrgetter(name)(node)
+        _need_finite(node, name, value)
         need(value > 0, (_full(node, name), value), "it must be above 0", "Raise it.")
+
+
+def _need_finite(node: Any, name: str, value: float) -> None:
+    need(value != inf, (_full(node, name), value), "it must be finite", "Lower it.")
 
 
 def one_of(node: Any, name: str, *options: str) -> None:

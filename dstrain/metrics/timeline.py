@@ -61,7 +61,9 @@ def write(path: Path, ranks: list[RankStep]) -> None:
 
 
 def events(ranks: list[RankStep]) -> Iterator[Event]:
-    ahead, origin_s = clocks(ranks), ranks[0].comm.start_s
+    ahead = clocks(ranks)
+    # Of the first rank to begin: viewers drop what lies before zero.
+    origin_s = min(rank.comm.start_s - ahead[rank.node] for rank in ranks)
     for rank in ranks:
         pid, zero_s = rank.rank, origin_s + ahead[rank.node]
         yield _meta("process_name", pid, 0, {"name": f"rank {pid} (node {rank.node})"})

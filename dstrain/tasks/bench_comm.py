@@ -1,9 +1,11 @@
 """`dstrain bench comm`: the links and collectives of a cluster, as a table and as a hardware file."""
 
+import errno
 import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
@@ -39,6 +41,7 @@ def run(config: CommRoot) -> None:
         with blaming(place.rank, place.world, groups.trace):
             if groups.world is None:
                 raise UserError("dstrain bench comm needs several processes.")
+            on_first(lambda: _make_room(Path(config.comm.out)), groups.background)
             links = speeds(groups.world)
             measured = list(exchanges(config, groups, groups.world, config.comm.rounds))
             on_first(lambda: _report(config, groups, links, measured), groups.background)
@@ -88,17 +91,29 @@ def _rounded(speed: Speed) -> tuple[float, float]:
     return float(f"{speed.gbytes_per_s:.3g}"), float(f"{speed.latency_s * 1e6:.3g}")
 
 
+def _make_room(path: Path) -> None:
+    """What can't be written is better known before anything is measured."""
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"comm.out={path} can't be written: {error.strerror}. Choose another place.") from error
+
+
 def write(path: Path, hardware: HardwareConfig, about: Sequence[str]) -> None:
     """A new file; UserError where it can't be made."""
     lines = [f"# {line}" for line in about]
     # What JSON writes for a text or a number is YAML, too.
     lines += [f"{key}: {json.dumps(value)}" for key, value in asdict(hardware).items()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x") as file:
-            file.write("\n".join(lines) + "\n")
-    except OSError as error:
-        raise UserError(f"comm.out={path} can't be written: {error.strerror}. Choose another place.") from error
+    with _explained(path), path.open("x") as file:
+        file.write("\n".join(lines) + "\n")
 
 
 def _links_table(links: Mapping[Link, Speed]) -> Table:

@@ -1,5 +1,6 @@
 """`dstrain bench fabric`: dispatchers, ours and others', on a network with limited links."""
 
+import os
 import sys
 from datetime import datetime
 from functools import partial
@@ -23,6 +24,8 @@ PIPE_WIDTH = 150
 
 def run(config: FabricRoot) -> None:
     """Measures every point and prints its table; result.json and picture.svg grow with each."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("dstrain bench fabric starts its ranks itself: run it as one process, without torchrun.")
     cases = list(dict.fromkeys(map(parse, config.cases)))
     require_root()
     facts, left_out = _peers(cases)
@@ -52,9 +55,13 @@ def _tell(status: Status, of: str, what: str) -> None:
 
 def _able(cases: list[Case], point: FabricRoot) -> tuple[list[Case], dict[str, str]]:
     """Cases that make sense at a point; why the others don't."""
-    unable = {case.name for case in cases if case.kind == "hierarchical" and point.ranks_per_node == 1}
-    reason = "with one rank on each node there is no hop inside a node, and rank does the same"
-    return [case for case in cases if case.name not in unable], dict.fromkeys(unable, reason)
+    unable = {}
+    for case in cases:
+        if case.kind == "hierarchical" and point.ranks_per_node == 1:
+            unable[case.name] = "with one rank on each node there is no hop inside a node, and rank does the same"
+        elif case.in_flight > point.micro_batches:
+            unable[case.name] = f"a step has micro_batches={point.micro_batches}, no more can be in flight"
+    return [case for case in cases if case.name not in unable], unable
 
 
 def _peers(cases: list[Case]) -> tuple[dict[str, Facts], dict[str, str]]:

@@ -295,7 +295,10 @@ def print_table(differences: list[Difference], config: VerifyRoot, mesh: Mesh, h
     failed = [row for row in differences if not row.error <= limit]
     console.print(table)
     layout = f"pp={mesh.pp} ep={mesh.ep} dp={mesh.dp} ({mesh.world} processes), engine {config.engine.name}, {how}"
-    verdict = f"DIFFERS in {len(failed)} of {len(differences)} figures from" if failed else "computes the same as"
+    agrees = f"agrees, as closely as {config.dispatch.wire} can, with" if rounds(config) else "computes the same as"
+    verdict = f"DIFFERS in {len(failed)} of {len(differences)} figures from" if failed else agrees
     console.print(f"{layout}:")
     console.print(f"{verdict} one process ({config.verify.steps} steps in FP32, tolerance {limit:g}).")
+    if "1 of 1 micro-batches" in how and config.schedule.in_flight != 1 and mesh.ep > 1:
+        console.print("A rank has one micro-batch, so no transfer was hidden: raise train.sequences to try that, too.")
     return bool(failed)

@@ -36,7 +36,7 @@ def test_two_points_from_outside(tmp_path: Path):
         tmp_path,
         *TINY,
         "steps=1",
-        "cases=[alltoall/bfloat16/block, hierarchical/fp8/2]",
+        "cases=[alltoall/bfloat16/block, hierarchical/fp8/2, rank/fp8/3]",
         "points=[{flat_ratio: 1}, {ranks_per_node: 1}]",
         "burst_kib=128",
         "out=here",
@@ -44,6 +44,7 @@ def test_two_points_from_outside(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert "emulated compute" in done.stdout
     assert "hierarchical/fp8/2 is left out: with one rank on each node" in done.stdout
+    assert "rank/fp8/3 is left out: a step has micro_batches=2, no more can be in flight" in done.stdout
     assert namespaces() == before
     first, second = json.loads((tmp_path / "here" / "result.json").read_text())["points"]
     assert [case["name"] for case in first["cases"]] == ["alltoall/bfloat16/block", "hierarchical/fp8/2"]
@@ -101,6 +102,7 @@ def test_ranks_that_are_too_slow_are_named():
     ("override", "message"),
     [
         ("rate_mbit=0", "rate_mbit=0.0: it must be above 0"),
+        ("rate_mbit=inf", "rate_mbit=inf: it must be finite"),
         ("nodes=1", "nodes=1: a network needs two nodes"),
         ("cases=[hierarchical/fp9]", "cases=hierarchical/fp9: there is no such case"),
         ("num_experts=6", "num_experts=6: 2 nodes of 2 ranks hold equally many experts"),
@@ -115,3 +117,18 @@ def test_wrong_input(tmp_path: Path, override: str, message: str):
     assert done.stderr.startswith(f"dstrain: {message}")
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_figures_are_not_written_over(tmp_path: Path):
+    (tmp_path / "taken" / "result.json").parent.mkdir()
+    (tmp_path / "taken" / "result.json").write_text("{}")
+    done = bench(tmp_path, "out=taken")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("dstrain: out=taken: it is there already")
+
+
+def test_it_starts_its_own_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = bench(tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "run it as one process, without torchrun" in done.stderr

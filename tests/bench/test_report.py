@@ -96,7 +96,7 @@ def test_wrong_bytes_are_named(report: Report, point: PointFigures):
 
 
 def test_a_busy_machine_makes_figures_void(report: Report):
-    assert "emulated compute took 14.0% longer than it should" in shown(report, 1)
+    assert "sleeps took 14.0% longer than they should, a step without transfers 0.7%" in shown(report, 1)
 
 
 def test_the_picture_shows_every_case_inside_its_frame(report: Report):

@@ -352,6 +352,7 @@ def test_flags_may_stand_behind_or_before_a_named_alternative(capsys: pytest.Cap
     for arguments in (
         ["train.batch_tokens=4096", "--cfg", "job", "-p", "train"],
         ["--cfg", "job", "-p", "train", "train.batch_tokens=4096"],
+        ["train.seed=1", "--cfg", "job", "-p", "train", "train.batch_tokens=4096"],
     ):
         run("train", *arguments)
         assert "sequences: null\nbatch_tokens: 4096\n" in capsys.readouterr().out

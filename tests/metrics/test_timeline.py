@@ -64,6 +64,12 @@ def check_format(shown: list[dict[str, Any]]) -> dict[tuple[int, int], str]:
     return names
 
 
+def test_nothing_lies_before_zero():
+    early = two_nodes()
+    early[1] = RankStep(1, 0, early[1].barriers_s, account(6.8))
+    assert min(event["ts"] for event in events(early) if event["ph"] == "X") == pytest.approx(0.0, abs=1e-3)
+
+
 def test_format():
     names = check_format(list(events(two_nodes())))
     rows = ["compute", "dispatch", "dispatch 2", "param"]
