@@ -45,7 +45,7 @@ def test_two_points_from_outside(tmp_path: Path):
     assert "emulated compute" in done.stdout
     assert "hierarchical/fp8/2 is left out: with one rank on each node" in done.stdout
     assert "rank/fp8/3 is left out: a step has micro_batches=2, no more can be in flight" in done.stdout
-    assert namespaces() == before
+    assert namespaces() <= before
     first, second = json.loads((tmp_path / "here" / "result.json").read_text())["points"]
     assert [case["name"] for case in first["cases"]] == ["alltoall/bfloat16/block", "hierarchical/fp8/2"]
     assert [case["name"] for case in second["cases"]] == ["alltoall/bfloat16/block"]

@@ -123,7 +123,7 @@ def test_nothing_is_left_after_an_error():
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert namespaces() == before
+    assert namespaces() <= before
     assert inside
     assert until(lambda: not any(runs(pid) for pid in inside))
 
@@ -132,7 +132,7 @@ def test_a_failure_while_building_leaves_nothing():
     before = namespaces()
     with pytest.raises(UserError, match="tbf"), Testbed(Fabric(nodes=1, rate_mbit=100, burst_bytes=0)):
         pass
-    assert namespaces() == before
+    assert namespaces() <= before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
