@@ -104,14 +104,16 @@ class Testbed:
         self.name = f"{PREFIX}-{os.getpid()}-{_started(os.getpid())}-{next(_serial)}"
         self._processes: list[subprocess.Popen[Any]] = []
         self._stack = ExitStack()
+        self._requests: list[BaseException] = []
 
     def __enter__(self) -> "Testbed":
         require_root()
         remove_leftovers()
         with ExitStack() as stack:
-            stack.enter_context(_ending_by_signal())
+            self._requests = stack.enter_context(_ending_by_signal())
             stack.callback(self._remove)
             self._build()
+            self._heed()
             self._stack = stack.pop_all()
         return self
 
@@ -138,7 +140,13 @@ class Testbed:
             **popen,
         )
         self._processes.append(process)
+        self._heed()
         return process
+
+    def _heed(self) -> None:
+        """A request to end that comes in the middle of a fork is swallowed: Python ignores what its hooks raise."""
+        if self._requests:
+            raise self._requests[0]
 
     def counters(self, node: int) -> Counters:
         links = json.loads(_ip("-n", self._node(node), "-s", "-j", "link"))
@@ -292,14 +300,21 @@ def _die_with_parent() -> None:
 
 
 @contextmanager
-def _ending_by_signal() -> Iterator[None]:
-    """Polite requests to end become SystemExit, so that contexts are left in order; only the main thread can ask."""
+def _ending_by_signal() -> Iterator[list[BaseException]]:
+    """Polite requests to end become exceptions, so that contexts are left in order; only the main thread can ask.
+
+    Yields those that have come.
+    """
+    requests: list[BaseException] = []
 
     def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
+        requests.append(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number))
+        raise requests[-1]
 
-    with _handling(leave, signal.SIGTERM, signal.SIGHUP):
-        yield
+    # A job in the background ignores Ctrl-C, and goes on ignoring it.
+    hears_ctrl_c = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with _handling(leave, signal.SIGTERM, signal.SIGHUP, *[signal.SIGINT] * hears_ctrl_c):
+        yield requests
 
 
 @contextmanager

@@ -179,3 +179,28 @@ def test_a_user_namespace_will_do():
 def _pids(name: str) -> list[str]:
     listed = subprocess.run(["ip", "netns", "pids", f"{name}-node0"], capture_output=True, text=True, check=True)
     return listed.stdout.split()
+
+
+# A request to end that comes while a process of the testbed is being forked, where Python ignores what is raised.
+ASKED = """
+import os, signal
+from dstrain.bench.testbed import Fabric, Testbed
+
+def ask():
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(1000):
+        pass
+
+with Testbed(Fabric(nodes=1)) as testbed:
+    os.register_at_fork(before=ask)
+    testbed.start(0, ["sleep", "60"])
+    print("not heard")
+"""
+
+
+def test_a_request_in_the_middle_of_a_fork_is_heard():
+    before = namespaces()
+    done = subprocess.run(python(ASKED), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, ""), done.stderr
+    assert "Exception ignored" in done.stderr
+    assert namespaces() <= before
