@@ -146,7 +146,9 @@ def test_what_ranks_know_together(reports: list[list[StepReport]]):
     assert len({rank[0].memory_gib for rank in ranks}) == 1
     assert reports[0][1].stop is False
     for rank in ranks:
-        assert {"dispatch", "combine", "grad", "param", "reduce"} <= rank[1].comm.sent_bytes.keys()
+        # The parameters of a step may leave within it, or under the next one.
+        sent = rank[0].comm.sent_bytes.keys() | rank[1].comm.sent_bytes.keys()
+        assert {"dispatch", "combine", "grad", "param", "reduce"} <= sent
         assert 0 < rank[0].comm.exposed_ms < 1e3 * rank[0].seconds
     assert reports[0][0].comm.sent_bytes == {}
 
