@@ -21,7 +21,7 @@ from dstrain.comm.flat import FlatCollectives
 from dstrain.comm.probe import Speed, measure, slowest_s
 from dstrain.comm.trace import CommTotals
 from dstrain.config.schema import Config
-from dstrain.dispatch.choose import Task, choose, make_dispatcher
+from dstrain.dispatch.choose import Task, make_dispatcher
 from dstrain.dispatch.contract import Arrived, Route
 from dstrain.mesh.groups import Groups
 from dstrain.mesh.topology import Link
@@ -68,8 +68,8 @@ def exchanges(config: Config, groups: Groups, everyone: Peers, rounds: int) -> I
 
 def _kinds(config: Config, groups: Groups) -> Sequence[str]:
     """The transports that can carry this config's tokens; `deepep` if it is asked for."""
-    choice = choose(config, groups)
-    return tuple(dict.fromkeys([*Task.of(config, groups, choice.wire).kinds, choice.kind]))
+    named, able = config.dispatch.kind, Task.of(config, groups, config.precision.compute_dtype).kinds
+    return able if named in ("auto", *able) else (*able, named)
 
 
 def _buckets(config: Config, groups: Groups) -> Iterator[tuple[str, Peers, int]]:

@@ -52,7 +52,7 @@ def _legend() -> Iterator[str]:
 
 
 def _point(point: PointFigures, y: float) -> Iterator[str]:
-    void = " (void: the machine was too busy)" if point.is_void else ""
+    void = " (void: compute alone took too long)" if point.is_void else ""
     yield _text(MARGIN, y + 22, title(point) + void, "text title")
     yield _text(MARGIN, y + 41, about_routes(point), "faint")
     yield _text(MARGIN, y + 59, about_compute(point), "faint")

@@ -18,7 +18,7 @@ from dstrain.mesh.groups import Groups
 from dstrain.schedule.order import fixed, planned
 from dstrain.schedule.run import DIRECTIONS
 from dstrain.schedule.simulate import Costs, simulate
-from dstrain.schedule.table import Table, check, from_text, sequential, starts, to_text
+from dstrain.schedule.table import Table, from_text, sequential, starts, to_text
 
 # Counted from the start of the process.
 TIMED_STEP = 2
@@ -81,7 +81,6 @@ class Orders:
         with self.groups.trace.waiting():
             dist.broadcast_object_list(text, src=0, group=self._everyone)
         table = from_text(text[0])
-        check(table, self.blocks, micro_batches, count)
         self.reason = f"{start}, planned for transfers as long as the compute"
         if self._costs is not None:
             played = simulate(table, self._costs)

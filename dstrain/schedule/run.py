@@ -27,7 +27,7 @@ from dstrain.model.layer import Attended
 from dstrain.precision.weight_gradients import Job, WeightGradients
 from dstrain.schedule.action import Action, Pass, Phase
 from dstrain.schedule.phases import PhasedBlock, PhasedLayer, PhasedWalk, Result
-from dstrain.schedule.table import Table
+from dstrain.schedule.table import Table, check
 
 DIRECTIONS = {Pass.FORWARD: "forward", Pass.BACKWARD: "backward", Pass.WEIGHT: "weight"}
 
@@ -40,10 +40,11 @@ def run(
     `walks[m]()` begins micro-batch m: `partial(model.walk, tokens, ...)`, or any generator as in schedule/phases.py.
     Without `defer_weights`, weight gradients are computed in their places and the WEIGHT actions do nothing: better
     where nothing travels, since inputs and gradients need not be kept. Every parameter gets one gradient per
-    micro-batch, in the order of the micro-batches. `table` is one that `check` (schedule/table.py) accepts for them;
-    ValueError if it is that of another model.
+    micro-batch, in the order of the micro-batches. IllegalTable if an action is missing or out of place, before any is
+    run; ValueError if the table is that of another model.
     """
     blocks = max(action.block for action in table)
+    check(table, blocks, len(walks))
     courses = [_Course(walk, blocks, defer_weights, trace) for walk in walks]
     for action in table:
         if action.work is Pass.WEIGHT and not defer_weights:

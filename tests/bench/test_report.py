@@ -49,7 +49,9 @@ def point() -> PointFigures:
 
 @pytest.fixture
 def report(point: PointFigures) -> Report:
-    busy = replace(point, config=replace(point.config, route_nodes=1, loopback_mbit=640.0), slept_ms=1200.0)
+    busy = replace(
+        point, config=replace(point.config, route_nodes=1, loopback_mbit=640.0), slept_ms=1100.0, compute_ms=1200.0
+    )
     return Report(Machine("A processor", 2, "6.18", "2.13", 0.5), {}, points=[point, busy])
 
 
@@ -96,7 +98,7 @@ def test_wrong_bytes_are_named(report: Report, point: PointFigures):
 
 
 def test_a_busy_machine_makes_figures_void(report: Report):
-    assert "sleeps took 14.0% longer than they should, a step without transfers 0.7%" in shown(report, 1)
+    assert "sleeps took 4.5% longer than they should, a step without transfers 14.0%" in shown(report, 1)
 
 
 def test_the_picture_shows_every_case_inside_its_frame(report: Report):

@@ -24,7 +24,7 @@ from dstrain.parallel.recompute import METHODS
 from dstrain.schedule.action import Action, Pass, Phase
 from dstrain.schedule.order import fixed
 from dstrain.schedule.run import run
-from dstrain.schedule.table import Table, computed_before, sender, sequential
+from dstrain.schedule.table import IllegalTable, Table, computed_before, sender, sequential
 from tests.gloo.spawn import spawn
 from tests.tiny import CPU, TINY, alone, samples, tiny_config
 
@@ -249,6 +249,13 @@ def test_spans_carry_what_was_computed():
     assert [
         Action(directions[label.direction], Phase(name), label.block, label.micro_batch) for name, label in spans
     ] == table
+
+
+def test_a_table_that_forgets_an_action_is_refused():
+    model = built("MTP 1", alone())
+    table = [a for a in sequential(2, 2) if str(a) != "B experts 1 of 0"]
+    with pytest.raises(IllegalTable, match="B experts 1 of 0"):
+        by_table(model, micro_batches(TINY, 2), table)
 
 
 @pytest.mark.parametrize(("blocks", "match"), [(1, "1 MoE blocks, the model more"), (3, "3 MoE blocks, the model 2")])
