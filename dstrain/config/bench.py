@@ -35,6 +35,7 @@ class FabricPoint:
     flat_ratio: float | None = None
     num_experts: int | None = None
     experts_per_token: int | None = None
+    tokens: int | None = None
     micro_batches: int | None = None
     route_nodes: int | None = None
     route_skew: float | None = None
