@@ -1,0 +1,67 @@
+"""From the slots of a rank to its actions: in which order the phases of a forward and a backward pass interleave.
+
+The order of DeepSeek-V3's training trace (https://github.com/deepseek-ai/profile-data): each transfer of one pass runs
+under compute of the other. For block f of the forward and block b of the backward pass:
+
+    B attend b+1 | F attend f | B experts b | W experts b, F shared f, F experts f | B attend b, W attend b | F attend f+1
+                 combine(B b)   dispatch(F f)          dispatch(B b)                      combine(F f)
+
+(below, the transfer that is under way at that time). B shared b runs before B experts b. The two stages of a pair may
+have different numbers of blocks; what one has more runs in the plain order. No torch.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from dstrain.schedule.action import Action, Pass, Phase
+from dstrain.schedule.pipeline import Kind, Op, Slot
+from dstrain.schedule.table import backward, forward
+
+# What a kind of op runs in its backward pass.
+WORKS = {Kind.BACKWARD: (Pass.BACKWARD, Pass.WEIGHT), Kind.INPUT: (Pass.BACKWARD,), Kind.WEIGHT: (Pass.WEIGHT,)}
+
+
+def expand(slots: Sequence[Slot], blocks: Sequence[int], *, overlap: bool) -> list[Action]:
+    """The actions of a rank. `blocks`: MoE blocks of every stage; without `overlap`, pairs run one after the other."""
+    return [action for slot in slots for action in _of_slot(slot, blocks, overlap=overlap)]
+
+
+def _of_slot(slot: Slot, blocks: Sequence[int], *, overlap: bool) -> Iterator[Action]:
+    if len(slot) == 2 and overlap:
+        yield from pair(*slot, blocks)
+    else:
+        for op in slot:
+            yield from _plain(op, blocks[op.stage])
+
+
+def _plain(op: Op, blocks: int) -> Iterator[Action]:
+    if op.kind is Kind.FORWARD:
+        return forward(blocks, op.micro_batch, op.stage)
+    return backward(blocks, op.micro_batch, op.stage, WORKS[op.kind])
+
+
+def pair(ahead: Op, back: Op, blocks: Sequence[int]) -> Iterator[Action]:
+    """The phases of a forward op `ahead` and a backward op `back`, each under the other's transfers."""
+
+    def there(phase: Phase, block: int) -> Action:
+        return Action(Pass.FORWARD, phase, block, ahead.micro_batch, ahead.stage)
+
+    def home(phase: Phase, block: int, *works: Pass) -> Iterator[Action]:
+        asked = WORKS[back.kind]
+        return (Action(w, phase, block, back.micro_batch, back.stage) for w in works or asked if w in asked)
+
+    last_there, last_home = blocks[ahead.stage], blocks[back.stage]
+    yield from home(Phase.ATTEND, last_home)
+    for n in range(max(last_there, last_home)):
+        block = last_home - 1 - n
+        if n < last_there:
+            yield there(Phase.ATTEND, n)
+        if block >= 0:
+            yield from home(Phase.SHARED, block, Pass.BACKWARD)
+            yield from home(Phase.EXPERTS, block)
+            yield from home(Phase.SHARED, block, Pass.WEIGHT)
+        if n < last_there:
+            yield there(Phase.SHARED, n)
+            yield there(Phase.EXPERTS, n)
+        if block >= 0:
+            yield from home(Phase.ATTEND, block)
+    yield there(Phase.ATTEND, last_there)
