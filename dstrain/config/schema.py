@@ -174,14 +174,41 @@ class DispatchConfig:
 
 
 @dataclass(frozen=True)
+class PartCosts:
+    """Milliseconds of a micro-batch in each part of the model, for the planned split; all 0: planned by FLOPs.
+
+    `dstrain schedule split measure=true` measures them.
+    """
+
+    embedding: float = 0.0
+    # A layer with a dense feed-forward network, and one with experts.
+    dense: float = 0.0
+    moe: float = 0.0
+    # An MTP module with its use of the head.
+    mtp: float = 0.0
+    head: float = 0.0
+
+
+@dataclass(frozen=True)
 class ScheduleConfig:
-    """In which order the micro-batches of a rank run their phases."""
+    """In which order the micro-batches of a rank run their phases, and how a pipeline is cut and run."""
 
     # Micro-batches between their forward and their backward pass at once, each with its activations. None: 2 where
     # experts are spread and a step has that many, otherwise 1 (as with engine.zero_stage=2).
     in_flight: int | None = None
     # fixed (planned for transfers as long as the compute) | measured (planned from the phase times of the first steps)
     order: str = "fixed"
+    # Where mesh.pp is above 1: 1f1b | interleaved | zb_1p | zb_v | dualpipe | dualpipev
+    pipeline: str = "1f1b"
+    # Stages that each rank of pipeline=interleaved holds.
+    chunks: int = 2
+    # The forward pass of one micro-batch under the backward pass of another. None: where experts are spread and the
+    # pipeline has such pairs of its own (dualpipe, dualpipev). true: in 1f1b and interleaved too, at about twice the
+    # activations; false: the two parts of a pair run one after the other.
+    overlap: bool | None = None
+    # Layers of each stage, in order. None: planned, so that the costliest stage costs least.
+    split: tuple[int, ...] | None = None
+    part_ms: PartCosts = field(default_factory=PartCosts)
 
 
 @dataclass(frozen=True)

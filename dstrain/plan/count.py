@@ -11,7 +11,7 @@ D hidden, H heads, V vocabulary, E experts, I expert width.
 from dataclasses import dataclass
 from math import ceil
 
-from dstrain.config.schema import ModelConfig
+from dstrain.config.schema import ModelConfig, PartCosts
 from dstrain.errors import ConfigError
 
 
@@ -101,16 +101,22 @@ def flops_per_token(model: ModelConfig, seq_len: int, *, mtp: bool = True) -> fl
     With `mtp`, the modules and their use of the shared head are added. Embedding look-ups, norms, rotary positions and
     activation functions are not counted, as everywhere in the field.
     """
-    attention_per_layer = 6 * model.num_heads * _head_dims(model) * (seq_len + 1) / 2
-    head = model.hidden_size * _vocab_size(model)
-    moe_layers = model.num_layers - model.num_dense_layers
-    dense_layer = 3 * model.hidden_size * model.intermediate_size
-    matrices = model.num_dense_layers * dense_layer + moe_layers * _moe_active(model) + head
-    flops = 6 * (matrices + model.num_layers * attention_weights(model)) + model.num_layers * attention_per_layer
-    if mtp:
-        module = 2 * model.hidden_size**2 + attention_weights(model) + _moe_active(model) + head
-        flops += model.mtp.depth * (6 * module + attention_per_layer)
-    return flops
+    parts, moe_layers = part_flops(model, seq_len), model.num_layers - model.num_dense_layers
+    flops = model.num_dense_layers * parts.dense + moe_layers * parts.moe + parts.head
+    return flops + model.mtp.depth * parts.mtp if mtp else flops
+
+
+def part_flops(model: ModelConfig, seq_len: int) -> PartCosts:
+    """The same for each part of a model, of layers and MTP modules for one of them."""
+    attention = 6 * attention_weights(model) + 6 * model.num_heads * _head_dims(model) * (seq_len + 1) / 2
+    head = 6 * model.hidden_size * _vocab_size(model)
+    moe = attention + 6 * _moe_active(model)
+    return PartCosts(
+        dense=attention + 6 * 3 * model.hidden_size * model.intermediate_size,
+        moe=moe,
+        mtp=moe + 6 * 2 * model.hidden_size**2 + head,
+        head=head,
+    )
 
 
 def cache_values_per_token(model: ModelConfig) -> int:
