@@ -25,16 +25,19 @@ Events = tuple[torch.cuda.Event, torch.cuda.Event]
 class Label:
     """Whose work it is: what a timeline shows and an error names. None where it does not apply."""
 
-    # Number of the MoE block: layers first, MTP modules after them.
+    # Number of the MoE block in the model: layers first, MTP modules after them.
     block: int | None = None
     micro_batch: int | None = None
     # forward | backward | weight
     direction: str | None = None
     # The optimiser step that is being made, counted from 1.
     step: int | None = None
+    # Of a pipeline.
+    stage: int | None = None
 
     def __str__(self) -> str:
-        parts = (("layer", self.block), ("micro-batch", self.micro_batch), ("", self.direction), ("step", self.step))
+        parts: tuple[tuple[str, object], ...] = (("stage", self.stage), ("layer", self.block))
+        parts += (("micro-batch", self.micro_batch), ("", self.direction), ("step", self.step))
         return ", ".join(f"{name} {value}".strip() for name, value in parts if value is not None)
 
 

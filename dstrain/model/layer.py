@@ -55,6 +55,8 @@ class End(Generic[Result]):
 
     roots: list[Tensor]
     result: Result
+    # What the next stage of a pipeline starts from, [B, T, D]; None where the model ends.
+    output: Tensor | None = None
 
 
 Walk = Generator[Block, Tensor, End[Result]]
@@ -69,7 +71,7 @@ def walk_whole(walk: Walk[Result]) -> End[Result]:
             roots += block.roots
             block = walk.send(block.layer.exchange(block.attended))
     except StopIteration as stop:
-        return End([*roots, *stop.value.roots], stop.value.result)
+        return End([*roots, *stop.value.roots], stop.value.result, stop.value.output)
 
 
 class DecoderLayer(nn.Module):

@@ -24,7 +24,7 @@ class StepLoss:
     total: Tensor
     # Detached parts, unweighted: [main, mtp, balance, z].
     parts_4: Tensor
-    # One report per MoE layer, MTP layers last; without graphs.
+    # One report per MoE layer of the stage, MTP layers last; without graphs.
     reports: list[RouterReport]
 
 
@@ -56,9 +56,9 @@ class LossTerms:
         self._taken += [root.detach() for root in roots]
         return roots
 
-    def loss(self) -> StepLoss:
-        """When all roots have been taken: detached."""
-        total = torch.stack(self._taken).sum()
-        nothing = torch.zeros_like(total)
+    def loss(self, like: Tensor) -> StepLoss:
+        """When all roots have been taken: detached, on the device of `like`."""
+        nothing = like.new_zeros((), dtype=torch.float32)
+        total = torch.stack(self._taken).sum() if self._taken else nothing
         parts_4 = torch.stack([sum(parts, nothing) for parts in self._parts]) / self._total_sequences
         return StepLoss(total, parts_4, self._reports)

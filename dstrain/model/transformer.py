@@ -6,7 +6,7 @@ depth of multi-token prediction, so that every position has every target and the
 Shapes: B sequences, T inputs of a sequence, S = T + 1 + MTP depth, D hidden, V vocabulary, L MoE layers, E experts.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -21,6 +21,7 @@ from dstrain.model.loss import MAIN, MTP, LossTerms, StepLoss
 from dstrain.model.mtp import MtpModule
 from dstrain.model.rope import rotation
 from dstrain.model.router import Router
+from dstrain.plan.split import Stage, embeds_at_end, moe_blocks, whole
 from dstrain.precision.linear import Embedding, Linear, linear
 
 # A part of a walk that leaves hidden states behind.
@@ -28,49 +29,72 @@ Stretches = Generator[Block, Tensor, Tensor]
 
 
 class Transformer(nn.Module):
-    """An MLA/MoE model holding the experts `held` of every MoE layer; `dispatcher` reaches the others."""
+    """An MLA/MoE model holding the experts `held` of every MoE layer; `dispatcher` reaches the others.
 
-    def __init__(self, model: ModelConfig, held: range, dispatcher: Dispatcher):
+    Of a pipeline it holds the stages `stages` alone, all parameters under the names that they have in the whole model;
+    `layers[n]` is None where another rank has layer n. Whatever needs the whole model says so with an error.
+    """
+
+    def __init__(
+        self, model: ModelConfig, held: range, dispatcher: Dispatcher, stages: Mapping[int, Stage] | None = None
+    ):
         super().__init__()
         if model.vocab_size is None:
             raise ValueError(
                 "model.vocab_size must be a number to build a model; the trainer takes it from the tokenizer"
             )
         self.config = model
-        self.embed = Embedding(model.vocab_size, model.hidden_size)
-        self.layers = nn.ModuleList(
-            DenseLayer(model) if n < model.num_dense_layers else MoELayer(model, held, dispatcher)
-            for n in range(model.num_layers)
-        )
-        self.norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
-        if not model.tie_embeddings:
-            self.head = Linear(model.hidden_size, model.vocab_size, shared=True)
+        # By their numbers in the pipeline.
+        self.stages = stages or {0: whole(model)}
+        begins = any(stage.is_first for stage in self.stages.values())
+        ends = any(stage.is_last for stage in self.stages.values())
+        if begins or (ends and embeds_at_end(model)):
+            self.embed = Embedding(model.vocab_size, model.hidden_size)
+        own = {n for stage in self.stages.values() for n in stage.layers}
+        layers = [self._layer(n, held, dispatcher) if n in own else None for n in range(model.num_layers)]
+        self.layers = nn.ModuleList(cast("list[nn.Module]", layers))
+        if ends:
+            self.norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
+            if not model.tie_embeddings:
+                self.head = Linear(model.hidden_size, model.vocab_size, shared=True)
         # An MTP layer is built like the last layer of the model.
-        mtp_moe = model.num_dense_layers < model.num_layers
         self.mtp = nn.ModuleList(
-            MtpModule(model, MoELayer(model, held, dispatcher) if mtp_moe else DenseLayer(model))
-            for _ in range(model.mtp.depth)
+            MtpModule(model, self._layer(model.num_layers - 1, held, dispatcher))
+            for _ in range(model.mtp.depth if ends else 0)
         )
+
+    def _layer(self, number: int, held: range, dispatcher: Dispatcher) -> DenseLayer | MoELayer:
+        model = self.config
+        return DenseLayer(model) if number < model.num_dense_layers else MoELayer(model, held, dispatcher)
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The head: [..., D] -> [..., V]."""
         return linear(hidden, self.embed.weight, shared=True) if self.config.tie_embeddings else self.head(hidden)
 
     def routers(self) -> Iterator[tuple[str, Router]]:
-        """The routers with their logical names, in the order of `StepLoss.reports`."""
+        """The routers that are held, with their logical names, in the order of the model."""
         yield from ((name, module) for name, module in self.named_modules() if isinstance(module, Router))
 
     @property
     def num_blocks(self) -> int:
-        """MoE blocks that a walk stops at."""
-        return sum(1 for _ in self.routers())
+        """MoE blocks that the walks through its stages stop at."""
+        return sum(moe_blocks(self.config, stage) for stage in self.stages.values())
+
+    def users(self, name: str) -> list[int]:
+        """The numbers of the held stages that use a parameter: each gives it a gradient per micro-batch."""
+        part, _, rest = name.partition(".")
+        if part == "layers":
+            return [n for n, stage in self.stages.items() if int(rest.partition(".")[0]) in stage.layers]
+        at_end = part != "embed" or embeds_at_end(self.config)
+        at_start = part == "embed"
+        return [n for n, s in self.stages.items() if (s.is_first and at_start) or (s.is_last and at_end)]
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Final hidden states after the norm, [B, T, D]."""
-        cos, sin = self._rotation(tokens_BT.shape[1])
+        cos, sin = self._rotation(tokens_BT.shape[1], tokens_BT.device)
         x_BTD = self.embed(tokens_BT)
-        for layer in self._decoder_layers():
-            x_BTD, _ = layer(x_BTD, cos, sin)
+        for n in range(self.config.num_layers):
+            x_BTD, _ = self._held(n)(x_BTD, cos, sin)
         return self.norm(x_BTD)
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
@@ -85,23 +109,35 @@ class Transformer(nn.Module):
     def walk(self, tokens_BS: Tensor, total_sequences: int, mtp_weight: float | None = None) -> Walk[StepLoss]:
         """The model as a chain of stretches with a stop at every MoE block. The loss at its end is detached: its roots
         are given out where they arise."""
-        depth = self.config.mtp.depth
+        return self.walk_stage(0, tokens_BS, None, total_sequences, mtp_weight)
+
+    def walk_stage(
+        self,
+        number: int,
+        tokens_BS: Tensor,
+        x_BTD: Tensor | None,
+        total_sequences: int,
+        mtp_weight: float | None = None,
+    ) -> Walk[StepLoss]:
+        """`walk` through one stage. `x_BTD`: the output of the stage before, None for the first; its own output is
+        that of the walk's end. The loss is the part that arises here."""
+        stage, depth = self.stages[number], self.config.mtp.depth
         seq_len = tokens_BS.shape[1] - 1 - depth
-        cos, sin = self._rotation(seq_len)
+        cos, sin = self._rotation(seq_len, tokens_BS.device)
         terms = self._terms(total_sequences, mtp_weight)
-        hidden = yield from self._layers(tokens_BS[:, :seq_len], cos, sin, terms)
+        if x_BTD is None:
+            x_BTD = self.embed(tokens_BS[:, :seq_len])
+        for n in stage.layers:
+            x_BTD = yield from self._through(self._held(n), x_BTD, cos, sin, terms)
+        if not stage.is_last:
+            return End(terms.take(), terms.loss(x_BTD), x_BTD)
+        hidden = self.norm(x_BTD)
         terms.add(MAIN, self._cross_entropy(hidden, tokens_BS[:, 1 : seq_len + 1]))
         for k, module in enumerate(self._mtp_modules(), start=1):
             x_BTD = module.join(self.embed(tokens_BS[:, k : seq_len + k]), hidden)
             hidden = module.norm((yield from self._through(module.layer, x_BTD, cos, sin, terms)))
             terms.add(MTP, self._cross_entropy(hidden, tokens_BS[:, k + 1 : seq_len + k + 1]) / depth)
-        return End(terms.take(), terms.loss())
-
-    def _layers(self, tokens_BT: Tensor, cos_TR: Tensor, sin_TR: Tensor, terms: LossTerms) -> Stretches:
-        x_BTD = self.embed(tokens_BT)
-        for layer in self._decoder_layers():
-            x_BTD = yield from self._through(layer, x_BTD, cos_TR, sin_TR, terms)
-        return self.norm(x_BTD)
+        return End(terms.take(), terms.loss(hidden))
 
     def _through(
         self, layer: DenseLayer | MoELayer, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor, terms: LossTerms
@@ -122,12 +158,15 @@ class Transformer(nn.Module):
         logits_NV = self.scores(hidden_BTD).flatten(0, 1).float()
         return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum") / targets_BT.shape[1]
 
-    def _rotation(self, seq_len: int) -> tuple[Tensor, Tensor]:
-        positions_T = torch.arange(seq_len, device=self.embed.weight.device)
+    def _rotation(self, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        positions_T = torch.arange(seq_len, device=device)
         return rotation(positions_T, self.config.qk_rope_head_dim, self.config.rope)
 
-    def _decoder_layers(self) -> list[DenseLayer | MoELayer]:
-        return cast("list[DenseLayer | MoELayer]", list(self.layers))
+    def _held(self, number: int) -> DenseLayer | MoELayer:
+        layer = cast("DenseLayer | MoELayer | None", self.layers[number])
+        if layer is None:
+            raise RuntimeError(f"layer {number} is held by another pipeline rank")
+        return layer
 
     def _mtp_modules(self) -> list[MtpModule]:
         return cast("list[MtpModule]", list(self.mtp))

@@ -54,10 +54,14 @@ class PhasedBlock(Protocol):
 
 
 class WalkEnd(Protocol[Result_co]):
-    """What a walk returns: the roots of its last stretch and whatever the caller wants to know."""
+    """What a walk returns: the roots of its last stretch, whatever the caller wants to know, and what the next stage of a
+    pipeline starts from, None where the model ends."""
 
     @property
     def roots(self) -> Sequence[Tensor]: ...
+
+    @property
+    def output(self) -> Tensor | None: ...
 
     @property
     def result(self) -> Result_co: ...

@@ -8,14 +8,17 @@ it, the action that has computed what travels starts it:
     B attend n    wait for the gradient of dispatch n | stretch n backward, whose last act starts the gradient of
                   combine n - 1 | its weight gradients, unless they are left to W attend n
 
+Of a pipeline, a rank runs the courses of its stages; what passes from stage to stage goes through `Edges`.
+
 Gradients are bit by bit those of the whole graph, in whatever order the table runs: within a piece autograd keeps the
 order of the whole graph, what comes out of a cut comes first as it does there, and precision/weight_gradients.py adds
 up what pieces share. In the forward pass waiting lies between the spans of compute, in the backward pass inside them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic
+from functools import partial
+from typing import Any, Generic, Protocol
 
 import torch
 from torch import Tensor
@@ -26,10 +29,37 @@ from dstrain.dispatch.contract import Handle
 from dstrain.model.layer import Attended
 from dstrain.precision.weight_gradients import Job, WeightGradients
 from dstrain.schedule.action import Action, Pass, Phase
-from dstrain.schedule.phases import PhasedBlock, PhasedLayer, PhasedWalk, Result
-from dstrain.schedule.table import Table, check
+from dstrain.schedule.phases import PhasedBlock, PhasedLayer, PhasedWalk, Result, WalkEnd
+from dstrain.schedule.table import Table, check_courses
 
 DIRECTIONS = {Pass.FORWARD: "forward", Pass.BACKWARD: "backward", Pass.WEIGHT: "weight"}
+
+
+class Edges(Protocol):
+    """Between stages. An edge has the number of the stage before it: forward the output of that stage passes it,
+    backward the gradient of this output."""
+
+    def send(self, work: Pass, edge: int, micro_batch: int, x: Tensor) -> None:
+        """Starts; nobody else uses `x` from then on."""
+        ...
+
+    def take(self, work: Pass, edge: int, micro_batch: int) -> Tensor | None:
+        """Waits; None before the first stage and behind the last one."""
+        ...
+
+
+class NoEdges:
+    """Of a model in one stage."""
+
+    def send(self, work: Pass, edge: int, micro_batch: int, x: Tensor) -> None:
+        raise ValueError("a model in one stage has no output")
+
+    def take(self, work: Pass, edge: int, micro_batch: int) -> Tensor | None:
+        return None
+
+
+# Begins a course from the output of the stage before, None in the first stage.
+Start = Callable[[Tensor | None], PhasedWalk[Result]]
 
 
 def run(
@@ -38,21 +68,48 @@ def run(
     """Forward and backward over the micro-batches; what each walk returned, in their order.
 
     `walks[m]()` begins micro-batch m: `partial(model.walk, tokens, ...)`, or any generator as in schedule/phases.py.
-    Without `defer_weights`, weight gradients are computed in their places and the WEIGHT actions do nothing: better
-    where nothing travels, since inputs and gradients need not be kept. Every parameter gets one gradient per
-    micro-batch, in the order of the micro-batches. IllegalTable if an action is missing or out of place, before any is
-    run; ValueError if the table is that of another model.
+    The rest is as in `run_stages`.
     """
     blocks = max(action.block for action in table)
-    check(table, blocks, len(walks))
-    courses = [_Course(walk, blocks, defer_weights, trace) for walk in walks]
+    starts: dict[tuple[int, int], Start[Result]] = {(0, m): partial(_whole, walk) for m, walk in enumerate(walks)}
+    return list(run_stages(table, starts, (blocks,), NoEdges(), trace, defer_weights=defer_weights).values())
+
+
+def _whole(walk: Callable[[], PhasedWalk[Result]], x: Tensor | None) -> PhasedWalk[Result]:
+    return walk()
+
+
+def run_stages(
+    table: Table,
+    starts: Mapping[tuple[int, int], Start[Result]],
+    blocks: Sequence[int],
+    edges: Edges,
+    trace: Trace,
+    *,
+    defer_weights: bool = True,
+) -> dict[tuple[int, int], Result]:
+    """Forward and backward over this rank's courses; what each walk returned, by (stage, micro-batch).
+
+    `starts`: how each course begins; `blocks`: MoE blocks of every stage of the model. Without `defer_weights`, weight
+    gradients are computed in their places and the WEIGHT actions do nothing: better where nothing travels, since inputs
+    and gradients need not be kept. Every parameter gets one gradient per course that uses it, in the order of the
+    micro-batches. IllegalTable if an action is missing or out of place, before any is run; ValueError if the table is
+    that of another model.
+    """
+    check_courses(table, {(stage, micro_batch): blocks[stage] for stage, micro_batch in starts})
+    courses = {
+        course: _Course(start, *course, blocks[course[0]], edges, defer_weights, trace)
+        for course, start in starts.items()
+    }
+    before = [sum(blocks[:stage]) for stage in range(len(blocks))]
     for action in table:
         if action.work is Pass.WEIGHT and not defer_weights:
             continue
-        direction = DIRECTIONS[action.work]
-        with trace.at(block=action.block, micro_batch=action.micro_batch, direction=direction):
-            courses[action.micro_batch].run(action)
-    return [course.result for course in courses]
+        where = {"stage": action.stage} if len(blocks) > 1 else {}
+        direction, block = DIRECTIONS[action.work], before[action.stage] + action.block
+        with trace.at(block=block, micro_batch=action.micro_batch, direction=direction, **where):
+            courses[action.course].run(action)
+    return {course: done.result for course, done in courses.items()}
 
 
 class Cut:
@@ -65,10 +122,15 @@ class Cut:
 
     def enter(self) -> Tensor:
         """The tensor at the beginning of a graph. It isn't kept here: only what the graph needs stays in memory."""
+        x = self.leave()
+        return x if self.edge is None else _Enter.apply(x, x.new_empty(0).requires_grad_(), self)
+
+    def leave(self) -> Tensor:
+        """The tensor itself, for a piece on another rank."""
         x, self._x = self._x, None
         if x is None:
             raise RuntimeError("a cut was entered twice")
-        return x if self.edge is None else _Enter.apply(x, x.new_empty(0).requires_grad_(), self)
+        return x
 
 
 class _Enter(torch.autograd.Function):
@@ -122,14 +184,20 @@ class _Passage:
 
 @dataclass
 class _Course(Generic[Result]):
-    """A micro-batch on its way; `blocks` is what the table says."""
+    """A micro-batch on its way through a stage; `blocks` is what the table says."""
 
-    start: Callable[[], PhasedWalk[Result]]
+    start: Start[Result]
+    stage: int
+    micro_batch: int
     blocks: int
+    edges: Edges
     defer_weights: bool
     trace: Trace
     result: Result = field(init=False)
     _walk: PhasedWalk[Result] | None = None
+    # Where the stage begins and where it ends; None where the model does.
+    _input: Cut | None = None
+    _output: Cut | None = None
     _passage: _Passage | None = None
     _pieces: dict[tuple[Phase, int], _Piece] = field(default_factory=dict)
 
@@ -142,9 +210,12 @@ class _Course(Generic[Result]):
             with self._gradients.active(forward=True):
                 self._pieces[place] = self._forward(*place)
         elif action.work is Pass.BACKWARD:
+            if place == (Phase.ATTEND, self.blocks) and self._output is not None:
+                self._output.grad = self.edges.take(Pass.BACKWARD, self.stage, self.micro_batch)
             self._backward(action.phase, self._pieces[place] if self.defer_weights else self._pieces.pop(place))
             if place == (Phase.ATTEND, 0):
                 self._gradients.check_complete()
+                self._send_back()
         else:
             self._weight(action.phase, self._pieces.pop(place))
 
@@ -156,18 +227,49 @@ class _Course(Generic[Result]):
         return self._shared(self._passage) if phase is Phase.SHARED else self._experts(self._passage)
 
     def _attend(self, block: int) -> _Piece:
-        x = None if self._passage is None else self._joined(self._passage)
-        walk = self._walk = self._walk or self.start()
+        x = self._arrive() if self._passage is None else self._joined(self._passage)
         with self.trace.computing("attend"):
             try:
-                stop = next(walk) if x is None else walk.send(x)
+                stop = self._advance(x)
             except StopIteration as end:
                 self._walk = self._passage = None
                 self.result = end.value.result
-                return _Piece(roots=end.value.roots)
+                return self._finish(end.value)
             if block == self.blocks:
                 raise ValueError(f"the table has {self.blocks} MoE blocks, the model more")
             return self._depart(stop)
+
+    def _arrive(self) -> Tensor | None:
+        """The output of the stage before."""
+        x = self.edges.take(Pass.FORWARD, self.stage - 1, self.micro_batch)
+        if x is None:
+            return None
+        self._input = Cut(x.requires_grad_())
+        return self._input.enter()
+
+    def _advance(self, x: Tensor | None) -> PhasedBlock:
+        if self._walk is None:
+            self._walk = self.start(x)
+            return next(self._walk)
+        if x is None:
+            raise RuntimeError("a walk has begun, and nothing has come home")
+        return self._walk.send(x)
+
+    def _finish(self, end: WalkEnd[Result]) -> _Piece:
+        if end.output is None:
+            return _Piece(roots=end.roots)
+        self._output = Cut(end.output)
+        self.edges.send(Pass.FORWARD, self.stage, self.micro_batch, self._output.leave())
+        return _Piece((self._output,), end.roots)
+
+    def _send_back(self) -> None:
+        """The gradient of the stage's input."""
+        if self._input is None:
+            return
+        if self._input.grad is None:
+            raise RuntimeError(f"stage {self.stage} has left no gradient of its input")
+        self.edges.send(Pass.BACKWARD, self.stage - 1, self.micro_batch, self._input.grad)
+        self._input = self._output = None
 
     @staticmethod
     def _joined(passage: _Passage) -> Tensor:
