@@ -8,7 +8,7 @@ from dstrain.schedule.pipelines.line import Line
 
 
 def zb_1p(ranks: int, micro_batches: int) -> Pipeline:
-    """1F1B in which rank p stays p weight gradients behind: it does them at the end, while gradients pass other ranks."""
+    """1F1B in which rank p stays p weight gradients behind: it does them at the end, while others still wait."""
     lines = []
     for rank in range(ranks):
         line = Line([rank], [0])
