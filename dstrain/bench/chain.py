@@ -95,6 +95,7 @@ class End:
 
     roots: Sequence[Tensor]
     result: Tensor
+    output: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The one small interface behind which gradients are reduced and parameters updated.
 
-    engine.expect(micro_batches)     every parameter will get that many gradients, by whatever backward passes
+    engine.expect(gradients)         every parameter will get so many gradients, by whatever backward passes
     ... backward passes ...          the engine takes each gradient when autograd has accumulated it
     engine.reduce()                  gradients are now sums over all data ranks
     engine.step(lr)                  clip by the global norm, update, refresh the compute parameters
@@ -9,16 +9,16 @@ The loss of a micro-batch is its sum of token losses divided by the token count 
 summed over ranks and micro-batches, never averaged.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from dstrain.engine.state import FlatShard, Shards
 
 
 class Engine(Protocol):
-    def expect(self, micro_batches: int) -> None:
-        """Announces a step. Each parameter's gradient will arrive `micro_batches` times, in the order of the
-        micro-batches; they are added in FP32, and a bucket may leave as soon as its last one is there."""
+    def expect(self, gradients: Mapping[str, int]) -> None:
+        """Announces a step: how many gradients each parameter will get, by name. Those of a stage arrive in the order
+        of the micro-batches; they are added in FP32, and a bucket may leave as soon as its last one is there."""
         ...
 
     def reduce(self) -> float:

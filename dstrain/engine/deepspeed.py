@@ -13,7 +13,7 @@ groups of experts, dtypes and the norm are set by us (engine/zero.py), and `chec
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -46,9 +46,6 @@ def check_deepspeed(config: Config) -> None:
     if engine.zero_stage not in (1, 2):
         rule = "stage 0 clips expert gradients wrongly and stage 3 corrupts experts"
         raise ConfigError("engine.zero_stage", engine.zero_stage, rule, "Set it to 1 or 2.")
-    if config.mesh.pp > 1:
-        rule = "the DeepSpeed engine has no pipeline stages"
-        raise ConfigError("mesh.pp", config.mesh.pp, rule, "Set mesh.pp=1, or engine=torch.")
     if precision.grad_wire_dtype != "float32":
         rule = "DeepSpeed would also add up in this dtype"
         cure = "Set precision.grad_wire_dtype=float32, or engine=torch."
@@ -104,8 +101,8 @@ class DeepSpeedEngine:
                 begin, local = fragment.lp_fragment_address.start, fragment.hp_fragment.detach()
                 yield x, FlatShard.of_parts(x.shape, x.offsets, x.part_numel, begin, local), fragment
 
-    def expect(self, micro_batches: int) -> None:
-        self._zero.expect(micro_batches)
+    def expect(self, gradients: Mapping[str, int]) -> None:
+        self._zero.expect(gradients)
 
     @torch.no_grad()
     def reduce(self) -> float:

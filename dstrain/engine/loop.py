@@ -6,7 +6,8 @@ Losses are shares of the global batch (model/transformer.py), so adding up is al
 
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
@@ -26,13 +27,18 @@ from dstrain.errors import SharedError
 from dstrain.mesh.groups import Groups
 from dstrain.model.layer import End, Walk, walk_whole
 from dstrain.model.loss import StepLoss
-from dstrain.model.transformer import Transformer
+from dstrain.model.router import RouterReport
+from dstrain.model.transformer import Transformer, router_names
+from dstrain.parallel.apply import logical_parameters
 from dstrain.plan.placement import Placement
-from dstrain.schedule.choose import Orders
-from dstrain.schedule.run import run
+from dstrain.schedule.choose import Orders, Program
+from dstrain.schedule.pipe import Pipe
+from dstrain.schedule.run import NoEdges, run_stages
 
 # (first sample, count) -> tokens [count, seq_len + lookahead]
 Batches = Callable[[int, int], Tensor]
+# Output of the stage before, None for the first one -> the way of a micro-batch through a stage.
+StartWalk = Callable[[Tensor | None], Walk[None]]
 
 
 @dataclass(frozen=True)
@@ -78,36 +84,40 @@ class StepReport:
 
 
 class _Sums:
-    """Adds up micro-batches, then ranks: one small FP64 all-reduce a step, exact for the integer loads.
+    """Adds up courses, then ranks: one small FP64 all-reduce a step, exact for the integer loads.
 
-    It sets out when the last forward pass has ended, and travels under what is left of the backward passes.
+    It sets out when the last forward pass has ended, and travels under what is left of the backward passes. Of a
+    pipeline, each rank knows the losses and loads of its stages; the sum over all ranks is that of the whole model.
     """
 
-    def __init__(self, micro_batches: int, peers: Peers | None):
-        self._losses: list[StepLoss | None] = [None] * micro_batches
-        self._peers = peers
+    def __init__(self, courses: Sequence[tuple[int, int]], model: Transformer, peers: Peers | None):
+        self._missing = set(courses)
+        self._losses: dict[tuple[int, int], StepLoss] = {}
+        self._model, self._peers = model, peers
         self._reducing: Reducing | None = None
 
-    def add(self, number: int, loss: StepLoss) -> None:
-        """The loss of a micro-batch; sums are formed in their order, whatever order they come in."""
-        self._losses[number] = loss
-        losses = [loss for loss in self._losses if loss is not None]
-        if len(losses) < len(self._losses):
+    def add(self, course: tuple[int, int], loss: StepLoss) -> None:
+        """The loss of a course; sums are formed in their order, whatever order they come in."""
+        self._losses[course] = loss
+        self._missing.discard(course)
+        if self._missing:
             return
-        parts_5 = self._sum([torch.cat((loss.parts_4, loss.total[None])) for loss in losses])
-        entropy_L = self._of_reports(losses, "entropy")
-        load_LE = self._of_reports(losses, "load_E")
+        losses = [self._losses[course] for course in sorted(self._losses)]
+        parts_5 = torch.stack([torch.cat((loss.parts_4, loss.total[None])) for loss in losses]).double().sum(0)
+        rows = [(row, report) for course in sorted(self._losses) for row, report in self._rows(course)]
+        entropy_L = parts_5.new_zeros(self._model.num_blocks)
+        load_LE = parts_5.new_zeros(self._model.num_blocks, self._model.config.num_experts)
+        if rows:
+            rows_R = torch.tensor([row for row, _ in rows], device=parts_5.device)
+            entropy_L.index_add_(0, rows_R, torch.stack([report.entropy for _, report in rows]).double())
+            load_LE.index_add_(0, rows_R, torch.stack([report.load_E for _, report in rows]).double())
         self._shape_LE = load_LE.shape
         self._reducing = Reducing(torch.cat((parts_5, entropy_L, load_LE.flatten())), self._peers)
 
-    def _of_reports(self, losses: list[StepLoss], name: str) -> Tensor:
-        if not losses[0].reports:
-            return losses[0].total.new_zeros(0, dtype=torch.float64)
-        return self._sum([torch.stack([getattr(report, name) for report in loss.reports]) for loss in losses])
-
-    @staticmethod
-    def _sum(parts: list[Tensor]) -> Tensor:
-        return torch.stack(parts).double().sum(0)
+    def _rows(self, course: tuple[int, int]) -> Iterator[tuple[int, RouterReport]]:
+        """The reports of a course with the numbers of their blocks in the model."""
+        first = sum(self._model.blocks[: course[0]])
+        return enumerate(self._losses[course].reports, start=first)
 
     def wait(self) -> None:
         """Until the sums over all ranks are there."""
@@ -161,33 +171,52 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.placer = Placer(self.config, self.groups, self.model, self.engine)
-        # Where nothing travels, there is nothing to cut a graph for: the whole model is one stretch.
-        self.orders = Orders(self.config, self.groups, self.model.num_blocks if self.groups.ep else 0)
+        # Where nothing travels, there is nothing to cut a graph for: a whole stage is one stretch.
+        blocks = self.model.blocks if self.groups.ep else (0,) * len(self.model.blocks)
+        self.orders = Orders(self.config, self.groups, blocks)
+        self.edges: Pipe | NoEdges = Pipe(self.groups) if self.groups.pp else NoEdges()
 
     def accumulate(self) -> _Sums:
         """Forward and backward over this rank's part of the next batch."""
         sequences = batch_sequences(self.config.train, self.progress.tokens)
         weight = mtp_loss_weight(self.config, self.progress.tokens)
         todo = rank_share(self.config, self.groups, self.progress)
+        program = self.orders.program(len(todo))
         # The data ranks are all ranks, and in their own group gradients are on the way at this time.
-        sums = _Sums(len(todo), self.groups.world)
+        sums = _Sums(program.courses, self.model, self.groups.world)
+        read: list[Tensor] = []
 
-        def start(number: int, first: int, count: int) -> Walk[None]:
-            tokens_BS = self.batches(first, count).to(self.groups.place.device, non_blocking=True)
-            walk = self.model.walk(tokens_BS, sequences, weight)
-            end = (yield from walk) if self.orders.blocks else walk_whole(walk)
-            sums.add(number, end.result)
-            return End(end.roots, None)
+        def tokens(number: int) -> Tensor:
+            """Of a micro-batch; they are read in their order, and kept for the stages that are still to come."""
+            while len(read) <= number:
+                read.append(self.batches(*todo[len(read)]).to(self.groups.place.device, non_blocking=True))
+            return read[number]
 
-        self.engine.expect(len(todo))
-        self.forward_and_backward([partial(start, number, *samples) for number, samples in enumerate(todo)])
+        def start(stage: int, number: int, x_BTD: Tensor | None) -> Walk[None]:
+            walk = self.model.walk_stage(stage, tokens(number), x_BTD, sequences, weight)
+            end = (yield from walk) if self.orders.stages[stage] else walk_whole(walk)
+            sums.add((stage, number), end.result)
+            return End(end.roots, None, end.output)
+
+        self.engine.expect(self._gradients(program))
+        self.forward_and_backward(program, {course: partial(start, *course) for course in program.courses})
         return sums
 
-    def forward_and_backward(self, walks: Sequence[Callable[[], Walk[None]]]) -> None:
-        """Over the micro-batches of a step, in the order that suits these ranks."""
-        table = self.orders.table(len(walks))
-        # Weight gradients are put off only where compute has transfers to wait for.
-        run(table, walks, self.groups.trace, defer_weights=self.orders.blocks > 0)
+    def _gradients(self, program: Program) -> dict[str, int]:
+        """How many gradients each parameter gets in a step."""
+        courses = Counter(stage for stage, _ in program.courses)
+        names = [logical.name for logical in logical_parameters(self.model)]
+        return {name: sum(courses[stage] for stage in self.model.users(name)) for name in names}
+
+    def forward_and_backward(self, program: Program, starts: Mapping[tuple[int, int], StartWalk]) -> None:
+        """Over this rank's part of the micro-batches of a step."""
+        if isinstance(self.edges, Pipe) and program.traffic is not None:
+            train, dtype = self.config.train, getattr(torch, self.config.precision.compute_dtype)
+            shape = (train.micro_batch, train.seq_len, self.config.model.hidden_size)
+            self.edges.begin(program.traffic, torch.empty(shape, dtype=dtype, device=self.groups.place.device))
+        # Weight gradients are put off only where compute has something to wait for.
+        defers = self.orders.blocks > 0 or program.traffic is not None
+        run_stages(program.table, starts, self.orders.stages, self.edges, self.groups.trace, defer_weights=defers)
 
     def step(self, *, stop: bool = False) -> StepReport:
         """One optimiser step. Raises SharedError when loss or gradient are not finite, before anything is updated."""
@@ -239,14 +268,21 @@ class Trainer:
         )
 
     def _balance(self, sums: _Sums, tokens: int, rate: float) -> list[LayerLoad]:
-        """Moves the router biases against the load of the global batch, which every rank knows."""
-        layers = []
-        by_layer = zip(self.model.routers(), sums.entropy_L, sums.load_LE, self.placer.placements, strict=True)
-        for (name, router), entropy, load_E, placement in by_layer:
-            update_bias(router.bias, load_E, rate)
-            spread = (router.bias.max() - router.bias.min()).item()
-            layers.append(LayerLoad(name, load_E, placement, entropy.item() / tokens, spread))
-        return layers
+        """Moves the router biases against the load of the global batch, which every rank knows of every layer."""
+        names, own = router_names(self.config.model), dict(self.model.routers())
+        spread_L = sums.entropy_L.new_zeros(len(names))
+        for row, name in enumerate(names):
+            if name in own:
+                update_bias(own[name].bias, sums.load_LE[row], rate)
+                spread_L[row] = own[name].bias.max() - own[name].bias.min()
+        if self.groups.pp:
+            all_reduce_max(spread_L, self.groups.world)
+        return [
+            LayerLoad(name, load_E, placement, entropy / tokens, spread)
+            for name, load_E, placement, entropy, spread in zip(
+                names, sums.load_LE, self.placer.placements, sums.entropy_L.tolist(), spread_L.tolist(), strict=True
+            )
+        ]
 
     def state(self) -> Shards:
         """Everything that a checkpoint keeps: the engine's shards and the router biases."""

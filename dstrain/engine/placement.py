@@ -27,7 +27,7 @@ from dstrain.engine.contract import Engine
 from dstrain.engine.state import FlatShard, Shards
 from dstrain.mesh.groups import Groups
 from dstrain.model.moe import MoE
-from dstrain.model.transformer import Transformer
+from dstrain.model.transformer import Transformer, router_names
 from dstrain.plan.placement import Placement, contiguous, rank_loads, rebalance, slots
 
 # The data group carries gradients and parameters as well.
@@ -54,7 +54,8 @@ class Moved:
 
 @dataclass
 class Placer:
-    """Keeps the placement of every MoE layer; does nothing on a rank that holds every expert."""
+    """Keeps the placement of every MoE layer, of those on other pipeline ranks, too; does nothing on a rank that holds
+    every expert."""
 
     config: Config
     groups: Groups
@@ -66,9 +67,10 @@ class Placer:
     _load_LE: Tensor | None = None
 
     def __post_init__(self) -> None:
-        experts = self.config.model.num_experts
-        self._layers = [module for module in self.model.modules() if isinstance(module, MoE)]
-        self.placements = [contiguous(experts, self.groups.mesh.ep) for _ in self._layers]
+        experts, names = self.config.model.num_experts, router_names(self.config.model)
+        own = {name: module for name, module in self.model.named_modules() if isinstance(module, MoE)}
+        self._layers = [own.get(name.rpartition(".")[0]) for name in names]
+        self.placements = [contiguous(experts, self.groups.mesh.ep) for _ in names]
 
     @property
     def _active(self) -> bool:
@@ -113,6 +115,8 @@ class Placer:
             raise RuntimeError("experts can't move in a run of one rank")
         before = self.engine.state()
         for moe, placement in zip(self._layers, placements, strict=True):
+            if moe is None:
+                continue
             moe.experts.held = placement[index]
             moe.slots_E = torch.tensor(slots(placement), device=self.groups.place.device)
         self.placements = placements

@@ -1,6 +1,6 @@
 """The plain reference of all engines: one process, whole gradients, torch's own AdamW."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +30,7 @@ class PlainEngine:
         betas = (self.optim.beta1, self.optim.beta2)
         self._adamw = torch.optim.AdamW(groups, betas=betas, eps=self.optim.eps, foreach=False)
 
-    def expect(self, micro_batches: int) -> None:
+    def expect(self, gradients: Mapping[str, int]) -> None:
         """autograd adds the gradients up."""
 
     def reduce(self) -> float:

@@ -1,7 +1,8 @@
 """ZeRO-1 (arXiv:1910.02054) in plain torch: `engine=torch`.
 
 Parameters are packed into flat buckets, in the order in which the backward pass finishes them. Each bucket belongs to
-one group of ranks that hold the same values: all data ranks for dense parameters, the expert-data ranks for experts.
+one group of ranks that hold the same values: the data ranks of a stage for dense parameters, the expert-data ranks for
+experts, those of the first and the last stage for an embedding that both use.
 
     backward   a gradient is added to its bucket in FP32; a bucket that has all gradients of all micro-batches leaves at
                once for the reduce-scatter, beside the rest of the backward passes, one bucket after the other
@@ -14,7 +15,7 @@ Per parameter and step a rank sends 4 bytes of gradient (2 with grad_wire_dtype=
 dtype, times (n - 1) / n where the ranks share a node; over several nodes as comm/flat.py says.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
@@ -31,7 +32,7 @@ from dstrain.engine.optimizer import AdamShard, square_sum
 from dstrain.engine.state import FlatShard, Shards
 from dstrain.mesh.groups import Groups
 from dstrain.model.transformer import Transformer
-from dstrain.parallel.apply import LogicalParameter, logical_parameters
+from dstrain.parallel.apply import LogicalParameter, holders, logical_parameters
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,13 @@ def _pack(logicals: list[LogicalParameter], limit_elements: int) -> list[list[Lo
     pass finishes parameters in about the reverse of their order in the model.
     """
     finished = list(reversed(logicals))
-    kinds: dict[tuple[bool, bool, bool], list[LogicalParameter]] = {}
-    for logical in finished:
-        kinds.setdefault((logical.is_expert, logical.decays, logical.keeps_fp32), []).append(logical)
+    kinds: dict[tuple[bool, bool, bool, bool], list[LogicalParameter]] = {}
+    for x in finished:
+        kinds.setdefault((x.is_expert, x.at_both_ends, x.decays, x.keeps_fp32), []).append(x)
     runs = [run for alike in kinds.values() for run in _runs(alike, limit_elements)]
     position = {logical.name: n for n, logical in enumerate(finished)}
-    return sorted(runs, key=lambda run: position[run[-1].name])
+    # What two stages share waits for the slower one, and nothing is to wait behind it.
+    return sorted(runs, key=lambda run: (run[0].at_both_ends, position[run[-1].name]))
 
 
 def _runs(logicals: list[LogicalParameter], limit_elements: int) -> Iterator[list[LogicalParameter]]:
@@ -189,7 +191,7 @@ class ShardedEngine:
         precision = self.config.precision
         moments_dtype = getattr(torch, precision.moments_dtype)
         for run in _pack(logical_parameters(self.model), self.config.engine.bucket_mib * 2**20 // 4):
-            peers = self.groups.expert_data if run[0].is_expert else self.groups.data
+            peers = holders(run[0], self.groups)
             dtype = torch.float32 if run[0].keeps_fp32 else getattr(torch, precision.compute_dtype)
             self.buckets.append(make_bucket(run, peers, dtype, moments_dtype))
         for bucket in self.buckets:
@@ -223,9 +225,9 @@ class ShardedEngine:
             self.buckets[self._started].reduce(self._flat, getattr(torch, self.config.precision.grad_wire_dtype))
             self._started += 1
 
-    def expect(self, micro_batches: int) -> None:
+    def expect(self, gradients: Mapping[str, int]) -> None:
         for bucket in self.buckets:
-            bucket.missing = micro_batches * len(bucket.slots)
+            bucket.missing = sum(gradients[slot.logical.name] for slot in bucket.slots)
 
     @torch.no_grad()
     def reduce(self) -> float:

@@ -25,13 +25,14 @@ from deepspeed.utils.timer import NoopTimer
 from torch import Tensor
 from torch.distributed import HashStore
 
-from dstrain.comm.collectives import ring_link
+from dstrain.comm.collectives import Peers, ring_link
 from dstrain.config.schema import Config, OptimConfig
 from dstrain.engine.optimizer import AdamShard
 from dstrain.mesh.groups import Groups
 from dstrain.parallel.apply import LogicalParameter
 
-EXPERTS = "experts"
+# What DeepSpeed calls experts: parameters with a group of ranks of their own.
+EXPERTS, EMBEDDING = "experts", "embedding"
 
 
 class PartitionAdamW(torch.optim.Optimizer):
@@ -88,10 +89,10 @@ class TracedZero(DeepSpeedZeroOptimizer):
     def _parameters(self) -> int:
         return sum(len(group) for group in self.bit16_groups)
 
-    def expect(self, micro_batches: int) -> None:
-        """In stage 2 they come one after the other, and each is reduced when it is complete."""
-        self._missing = micro_batches * self._parameters
-        self.set_gradient_accumulation_boundary(not self.partition_gradients or micro_batches == 1)
+    def expect(self, gradients: Mapping[str, int]) -> None:
+        """In stage 2 micro-batches come one after the other, and each is reduced when it is complete."""
+        self._missing = sum(gradients.values())
+        self.set_gradient_accumulation_boundary(not self.partition_gradients or self._missing == self._parameters)
 
     def process_gradients(self, param: Tensor, i: int) -> None:
         if param.grad is None:
@@ -127,7 +128,7 @@ class TracedZero(DeepSpeedZeroOptimizer):
         trace = self.groups.trace
         transfer = trace.begin(kind, "data")
         for group, num_bytes in sent_bytes.items():
-            peers = self.groups.expert_data if self.optimizer.param_groups[group]["moe"] else self.groups.data
+            peers = _peers(self.groups, self.optimizer.param_groups[group]["name"])
             if peers is not None:
                 trace.sent(transfer, ring_link(peers), num_bytes)
         with trace.waiting(transfer):
@@ -141,8 +142,8 @@ def make_zero(logicals: list[LogicalParameter], config: Config, groups: Groups) 
     Gradients become sums over ranks, since `gradient_average` is off; norm and clipping are the caller's.
     """
     _connect(groups)
-    adam = PartitionAdamW(list(_param_groups(logicals, sharded_experts=groups.ep is not None)), config.optim)
-    marked = any(group["moe"] for group in adam.param_groups)
+    adam = PartitionAdamW(list(_param_groups(logicals, groups)), config.optim)
+    marked = {group["name"] for group in adam.param_groups if group["moe"]}
     offload = config.engine.offload_optimizer
     on_gpu = groups.place.device.type == "cuda"
     zero = TracedZero(
@@ -154,10 +155,10 @@ def make_zero(logicals: list[LogicalParameter], config: Config, groups: Groups) 
         # Without it, expert gradients of stage 1 are wrong.
         contiguous_gradients=True,
         reduce_bucket_size=config.engine.bucket_mib * 2**20 // 4,
-        dp_process_group=groups.data.group if groups.data else dist.group.WORLD,
-        expert_parallel_group={EXPERTS: groups.ep.group} if marked and groups.ep else None,
-        expert_data_parallel_group={EXPERTS: _expert_data_group(groups)} if marked else None,
-        has_moe_layers=marked,
+        dp_process_group=_group(groups, ""),
+        expert_parallel_group={EXPERTS: groups.ep.group} if EXPERTS in marked and groups.ep else None,
+        expert_data_parallel_group={name: _group(groups, name) for name in sorted(marked)} or None,
+        has_moe_layers=bool(marked),
         offload_optimizer_config=(
             DeepSpeedZeroOffloadOptimizerConfig(device="cpu", pin_memory=on_gpu) if offload else None
         ),
@@ -174,18 +175,20 @@ def make_zero(logicals: list[LogicalParameter], config: Config, groups: Groups) 
     return zero
 
 
-def _param_groups(logicals: list[LogicalParameter], *, sharded_experts: bool) -> list[dict[str, Any]]:
-    """Parameters that share a process group, a dtype and their weight decay, expert parameters marked as such."""
-    kinds: dict[tuple[bool, bool, bool], list[LogicalParameter]] = {}
+def _param_groups(logicals: list[LogicalParameter], groups: Groups) -> list[dict[str, Any]]:
+    """Parameters that share a process group, a dtype and their weight decay; those whose group is not that of the dense
+    parameters are marked as DeepSpeed marks experts."""
+    kinds: dict[tuple[str, bool, bool], list[LogicalParameter]] = {}
     # The parameters of the compute dtype come first: DeepSpeed takes the first dtype for that of the model.
     for x in sorted(logicals, key=lambda x: x.keeps_fp32):
-        kinds.setdefault((x.is_expert and sharded_experts, x.decays, x.keeps_fp32), []).append(x)
-    for (is_expert, _, _), members in kinds.items():
+        name = EXPERTS if x.is_expert and groups.ep else EMBEDDING if x.at_both_ends and groups.embedding else ""
+        kinds.setdefault((name, x.decays, x.keeps_fp32), []).append(x)
+    for (name, _, _), members in kinds.items():
         for x in members:
-            vars(x.parameter).update(allreduce=not is_expert, group_name=EXPERTS)
+            vars(x.parameter).update(allreduce=not name, group_name=name)
     return [
-        {"params": [x.parameter for x in members], "decays": decays, "moe": is_expert, "name": EXPERTS}
-        for (is_expert, decays, _), members in kinds.items()
+        {"params": [x.parameter for x in members], "decays": decays, "moe": bool(name), "name": name}
+        for (name, decays, _), members in kinds.items()
     ]
 
 
@@ -201,7 +204,18 @@ def _connect(groups: Groups) -> None:
     deepspeed_comm.init_distributed(verbose=False)
 
 
-def _expert_data_group(groups: Groups) -> dist.ProcessGroup:
-    if groups.expert_data is not None:
-        return groups.expert_data.group
-    return dist.new_group([groups.place.rank], use_local_synchronization=True)
+def _peers(groups: Groups, name: str) -> Peers | None:
+    """The ranks that hold the parameters of a group of `_param_groups`."""
+    return {EXPERTS: groups.expert_data, EMBEDDING: groups.embedding}.get(name, groups.data)
+
+
+def _group(groups: Groups, name: str) -> dist.ProcessGroup:
+    peers = _peers(groups, name)
+    if peers is not None:
+        return peers.group
+    alone = dist.group.WORLD
+    if groups.place.world > 1:
+        alone = dist.new_group([groups.place.rank], use_local_synchronization=True)
+    if alone is None:
+        raise RuntimeError("there is no process group")
+    return alone

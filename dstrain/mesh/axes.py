@@ -4,9 +4,15 @@ Ranks are laid out pp x dp x ep with ep innermost, so that an expert-parallel gr
 stays inside a node where it fits.
 
     rank = (pp_index * dp + dp_index) * ep + ep_index
+
+Which stages of a pipeline the ranks with one pp index hold is up to its schedule (schedule/pipeline.py). Where two pp
+indices hold the same stages, ranks of both hold the same parameters, and their gradients are summed together.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
+
+from dstrain.schedule.pipeline import Layout
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,12 @@ class Mesh:
     pp: int = 1
     dp: int = 1
     ep: int = 1
+    # The stages of every pp index; None: one each.
+    layout: Layout | None = None
+
+    @property
+    def stages(self) -> Layout:
+        return self.layout or Layout(tuple((stage,) for stage in range(self.pp)))
 
     @property
     def world(self) -> int:
@@ -51,13 +63,40 @@ class Mesh:
         """Ranks that together hold all experts of a layer."""
         return [[self.rank(p, d, e) for e in range(self.ep)] for p in range(self.pp) for d in range(self.dp)]
 
+    def _holders(self) -> list[list[int]]:
+        """The pp indices that hold the same stages."""
+        if not self.stages.mirrored:
+            return [[p] for p in range(self.pp)]
+        return [[p, self.pp - 1 - p] for p in range(self.pp // 2)]
+
     def expert_data_groups(self) -> list[list[int]]:
         """Ranks that hold the same experts."""
-        return [[self.rank(p, d, e) for d in range(self.dp)] for p in range(self.pp) for e in range(self.ep)]
+        return [
+            [self.rank(p, d, e) for p in holders for d in range(self.dp)]
+            for holders in self._holders()
+            for e in range(self.ep)
+        ]
 
     def data_groups(self) -> list[list[int]]:
-        """Ranks that hold the same dense parameters: a whole stage."""
-        return [list(range(p * self.data, (p + 1) * self.data)) for p in range(self.pp)]
+        """Ranks that hold the same dense parameters: whole stages."""
+        return [[rank for p in holders for rank in self._stage(p)] for holders in self._holders()]
+
+    def _stage(self, p: int) -> range:
+        return range(p * self.data, (p + 1) * self.data)
+
+    def embedding_groups(self) -> list[list[int]]:
+        """Ranks that hold the first or the last stage, where none holds both: the embedding may be on all of them."""
+        first, last = ([p for p in range(self.pp) if s in self.stages.held[p]] for s in (0, self.stages.num_stages - 1))
+        return [] if set(first) & set(last) else [[rank for p in first + last for rank in self._stage(p)]]
+
+    def hops(self) -> list[tuple[int, int]]:
+        """The pp indices (from, to) between which micro-batches pass from stage to stage in their forward pass."""
+        held = self.stages.held
+        if self.stages.mirrored:
+            ways = [list(range(self.pp)), list(reversed(range(self.pp)))]
+        else:
+            ways = [[next(p for p in range(self.pp) if s in held[p]) for s in range(self.stages.num_stages)]]
+        return sorted({(a, b) for way in ways for a, b in pairwise(way) if a != b})
 
     def pp_groups(self) -> list[list[int]]:
         """Ranks that a micro-batch travels through."""

@@ -5,8 +5,8 @@ The launcher (torchrun, Slurm, or nobody for a single process) says who we are t
 
 import os
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,9 +15,11 @@ import torch.distributed as dist
 
 from dstrain.comm.collectives import Peers
 from dstrain.comm.trace import Trace
+from dstrain.config.schema import Config
 from dstrain.host import tune_cpu
 from dstrain.mesh.axes import Coordinate, Mesh
 from dstrain.mesh.topology import Topology
+from dstrain.schedule.pipelines.choose import layout
 
 # One rank may tokenise a corpus or write a checkpoint for hours while the others wait for it; one that dies closes its
 # connections, and is noticed at once all the same.
@@ -74,6 +76,13 @@ class Groups:
     expert_data: Peers | None = None
     # Ranks that hold the same dense parameters.
     data: Peers | None = None
+    # Ranks that hold the first or the last stage of a pipeline, where no rank holds both.
+    embedding: Peers | None = None
+    # Ranks that a micro-batch travels through, in the order of the pipeline ...
+    pp: Peers | None = None
+    # ... and on NCCL a communicator for each way of it, by pp index (from, to) and "F" or "B", so that none waits for
+    # another. gloo tells ways apart by tags.
+    pp_ways: Mapping[tuple[int, int, str], Peers] = field(default_factory=dict)
     world: Peers | None = None
     # Where the ep group spans several equally large nodes: its ranks with this rank's index in the node ...
     ep_nodes: Peers | None = None
@@ -108,9 +117,11 @@ def connect(mesh: Mesh, place: Place, timeout_s: float = 600.0, ranks_per_node: 
     topology = _discover(place, background, ranks_per_node)
     joiner = _Joiner(place, topology, trace, backend, timeout)
     nodes, node = joiner.inside(mesh.ep_groups())
-    # A group that not every rank has comes last: gloo tells groups apart by how many there were before.
+    # Groups that not every rank has come last, those whose members are not all alike before the others: gloo tells
+    # groups apart by how many there were before.
     ep, expert_data = joiner.join("ep", mesh.ep_groups()), joiner.join("expert-data", mesh.expert_data_groups())
-    data = joiner.join("data", mesh.data_groups())
+    data, pp = joiner.join("data", mesh.data_groups()), joiner.join("pp", mesh.pp_groups())
+    embedding = joiner.join("embedding", mesh.embedding_groups())
     ep_nodes, ep_node = joiner.join("ep-nodes", nodes), joiner.join("ep-node", node)
     return Groups(
         mesh,
@@ -121,6 +132,9 @@ def connect(mesh: Mesh, place: Place, timeout_s: float = 600.0, ranks_per_node: 
         ep=ep,
         expert_data=expert_data,
         data=data,
+        embedding=embedding,
+        pp=pp,
+        pp_ways=joiner.ways(mesh) if backend == "nccl" else {},
         world=joiner.peers("world", dist.group.WORLD, range(place.world)),
         ep_nodes=ep_nodes,
         ep_node=ep_node,
@@ -171,6 +185,18 @@ class _Joiner:
     def twin(self, name: str, rank_lists: list[list[int]], peers: Peers | None) -> Peers | None:
         return self.join(f"{name}-home", rank_lists) if self.backend == "nccl" else peers
 
+    def ways(self, mesh: Mesh) -> dict[tuple[int, int, str], Peers]:
+        """One communicator for each way between neighbours in the pipeline that this rank is on."""
+        found = {}
+        own = mesh.coordinate(self.place.rank).pp
+        for a, b in mesh.hops():
+            pairs = [sorted((mesh.rank(a, d, e), mesh.rank(b, d, e))) for d in range(mesh.dp) for e in range(mesh.ep)]
+            for way in ((a, b, "F"), (b, a, "B")):
+                peers = self.join("pp-{}-{}-{}".format(*way), pairs)
+                if peers is not None and own in (a, b):
+                    found[way] = peers
+        return found
+
     def peers(self, name: str, group: dist.ProcessGroup | None, ranks: Sequence[int]) -> Peers:
         if group is None:
             raise RuntimeError(f"rank {self.place.rank} did not get the {name} group of the ranks {list(ranks)}")
@@ -184,6 +210,13 @@ class _Joiner:
         grids = [grid for grid in map(self.topology.grid, ep_groups) if grid is not None and len(grid) > 1]
         across = [list(column) for grid in grids for column in zip(*grid, strict=True)]
         return across, [node for grid in grids for node in grid]
+
+
+def mesh_of(config: Config) -> Mesh:
+    """The mesh of a config whose mesh.dp is filled in."""
+    mesh, schedule = config.mesh, config.schedule
+    stages = layout(schedule.pipeline, mesh.pp, schedule.chunks) if mesh.pp > 1 else None
+    return Mesh(mesh.pp, mesh.dp or 1, mesh.ep, stages)
 
 
 def disconnect() -> None:

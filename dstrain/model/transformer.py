@@ -6,7 +6,7 @@ depth of multi-token prediction, so that every position has every target and the
 Shapes: B sequences, T inputs of a sequence, S = T + 1 + MTP depth, D hidden, V vocabulary, L MoE layers, E experts.
 """
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -28,15 +28,26 @@ from dstrain.precision.linear import Embedding, Linear, linear
 Stretches = Generator[Block, Tensor, Tensor]
 
 
+def router_names(model: ModelConfig) -> list[str]:
+    """The logical names of all routers, in the order of the model: layers first, MTP modules after them."""
+    layers = [f"layers.{n}.moe.router" for n in range(model.num_dense_layers, model.num_layers)]
+    return layers + ([f"mtp.{n}.layer.moe.router" for n in range(model.mtp.depth)] if layers else [])
+
+
 class Transformer(nn.Module):
     """An MLA/MoE model holding the experts `held` of every MoE layer; `dispatcher` reaches the others.
 
-    Of a pipeline it holds the stages `stages` alone, all parameters under the names that they have in the whole model;
-    `layers[n]` is None where another rank has layer n. Whatever needs the whole model says so with an error.
+    Of a pipeline of `stages` it holds those numbered in `own`, all parameters under the names that they have in the
+    whole model; `layers[n]` is None where another rank has layer n, and only the walks through own stages work.
     """
 
     def __init__(
-        self, model: ModelConfig, held: range, dispatcher: Dispatcher, stages: Mapping[int, Stage] | None = None
+        self,
+        model: ModelConfig,
+        held: range,
+        dispatcher: Dispatcher,
+        stages: Sequence[Stage] = (),
+        own: Sequence[int] = (0,),
     ):
         super().__init__()
         if model.vocab_size is None:
@@ -44,14 +55,13 @@ class Transformer(nn.Module):
                 "model.vocab_size must be a number to build a model; the trainer takes it from the tokenizer"
             )
         self.config = model
-        # By their numbers in the pipeline.
-        self.stages = stages or {0: whole(model)}
-        begins = any(stage.is_first for stage in self.stages.values())
-        ends = any(stage.is_last for stage in self.stages.values())
+        self.stages, self.own = tuple(stages) or (whole(model),), tuple(own)
+        begins = any(self.stages[n].is_first for n in own)
+        ends = any(self.stages[n].is_last for n in own)
         if begins or (ends and embeds_at_end(model)):
             self.embed = Embedding(model.vocab_size, model.hidden_size)
-        own = {n for stage in self.stages.values() for n in stage.layers}
-        layers = [self._layer(n, held, dispatcher) if n in own else None for n in range(model.num_layers)]
+        here = {layer for n in own for layer in self.stages[n].layers}
+        layers = [self._layer(n, held, dispatcher) if n in here else None for n in range(model.num_layers)]
         self.layers = nn.ModuleList(cast("list[nn.Module]", layers))
         if ends:
             self.norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
@@ -76,18 +86,24 @@ class Transformer(nn.Module):
         yield from ((name, module) for name, module in self.named_modules() if isinstance(module, Router))
 
     @property
+    def blocks(self) -> tuple[int, ...]:
+        """MoE blocks of every stage of the pipeline, at which a walk through it stops."""
+        return tuple(moe_blocks(self.config, stage) for stage in self.stages)
+
+    @property
     def num_blocks(self) -> int:
-        """MoE blocks that the walks through its stages stop at."""
-        return sum(moe_blocks(self.config, stage) for stage in self.stages.values())
+        """MoE blocks of the whole model."""
+        return sum(self.blocks)
 
     def users(self, name: str) -> list[int]:
-        """The numbers of the held stages that use a parameter: each gives it a gradient per micro-batch."""
+        """The own stages that use a parameter: each gives it a gradient per micro-batch."""
         part, _, rest = name.partition(".")
         if part == "layers":
-            return [n for n, stage in self.stages.items() if int(rest.partition(".")[0]) in stage.layers]
-        at_end = part != "embed" or embeds_at_end(self.config)
-        at_start = part == "embed"
-        return [n for n, s in self.stages.items() if (s.is_first and at_start) or (s.is_last and at_end)]
+            layer = int(rest.partition(".")[0])
+            return [n for n in self.own if layer in self.stages[n].layers]
+        at_start, at_end = part == "embed", part != "embed" or embeds_at_end(self.config)
+        ends = [(n, self.stages[n]) for n in self.own]
+        return [n for n, stage in ends if (stage.is_first and at_start) or (stage.is_last and at_end)]
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Final hidden states after the norm, [B, T, D]."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dstrain.comm.collectives import Peers
 from dstrain.config.schema import Config
 from dstrain.dispatch.choose import make_dispatcher
 from dstrain.mesh.groups import Groups
@@ -16,6 +17,7 @@ from dstrain.model.moe import Experts
 from dstrain.model.router import Router
 from dstrain.model.transformer import Transformer
 from dstrain.parallel.recompute import apply_recompute
+from dstrain.plan.split import embeds_at_end, split
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class LogicalParameter:
     # Whose experts these are. They are spread over the expert-parallel group and replicated over expert-data ranks, and
     # which of them this rank holds may change between steps. None: replicated over all data ranks.
     experts: Experts | None
+    # Both the first and the last stage of a pipeline use it.
+    at_both_ends: bool
     # Whether weight decay applies: to the matrices that transform, not to embeddings, norms and their like.
     decays: bool
     # Kept in FP32 even where the others are cast to a narrower compute dtype.
@@ -49,12 +53,21 @@ class LogicalParameter:
         return [expert * self.part_numel for expert in self.experts.held] if self.experts else [0]
 
 
+def holders(parameter: LogicalParameter, groups: Groups) -> Peers | None:
+    """The ranks that hold the same values as this one, over which gradients are summed; None if there are no others."""
+    if parameter.is_expert:
+        return groups.expert_data
+    return groups.embedding if parameter.at_both_ends and groups.embedding else groups.data
+
+
 def build_model(config: Config, groups: Groups) -> Transformer:
-    """The model in FP32 on this rank's device, with initial weights that depend on train.seed only."""
+    """This rank's stages of the model, in FP32 on its device; the initial weights depend on train.seed only."""
     held = groups.mesh.local_experts(config.model.num_experts, groups.coordinate.ep)
     dispatcher = make_dispatcher(config, groups)
+    pipeline = groups.mesh.stages
+    stages, own = split(config, pipeline.num_stages), pipeline.held[groups.coordinate.pp]
     with torch.device("meta"):
-        model = Transformer(config.model, held, dispatcher)
+        model = Transformer(config.model, held, dispatcher, stages, own)
     model = model.to_empty(device=groups.place.device)
     init_weights(model, config.train.seed)
     for module in model.modules():
@@ -86,6 +99,7 @@ def logical_parameters(model: Transformer) -> list[LogicalParameter]:
                     parameter=parameter,
                     shape=(model.config.num_experts, *shape[1:]) if experts else shape,
                     experts=experts,
+                    at_both_ends=prefix == "embed" and embeds_at_end(model.config),
                     decays=parameter.dim() > 1 and not isinstance(module, nn.Embedding),
                     keeps_fp32=isinstance(module, Router),
                 )

@@ -16,6 +16,10 @@ from dstrain.comm.trace import CommTotals, Label, Span
 from dstrain.config.schema import Config
 from dstrain.mesh.groups import Groups
 from dstrain.schedule.order import fixed, planned
+from dstrain.schedule.overlap import expand
+from dstrain.schedule.pipe import Traffic
+from dstrain.schedule.pipeline import check as check_pipeline
+from dstrain.schedule.pipelines.choose import make
 from dstrain.schedule.run import DIRECTIONS
 from dstrain.schedule.simulate import Costs, simulate
 from dstrain.schedule.table import Table, from_text, sequential, starts, to_text
@@ -33,23 +37,69 @@ def in_flight(config: Config, groups: Groups, micro_batches: int) -> int:
     return min(asked, micro_batches)
 
 
+def makes_pairs(config: Config) -> bool:
+    """Whether a schedule that has no pairs of its own is to have some."""
+    return config.schedule.overlap is True and config.schedule.pipeline in ("1f1b", "interleaved")
+
+
+def overlaps(config: Config) -> bool:
+    """Whether the two passes of a pair interleave."""
+    asked = config.schedule.overlap
+    return config.mesh.ep > 1 and config.schedule.pipeline in ("dualpipe", "dualpipev") if asked is None else asked
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a rank does in a step."""
+
+    table: Table
+    # Its part in every micro-batch: (stage, micro-batch).
+    courses: Sequence[tuple[int, int]]
+    # What passes from stage to stage; None without a pipeline.
+    traffic: Traffic | None = None
+
+
 @dataclass
 class Orders:
     """The tables of a run. Every rank calls the same methods in the same order."""
 
     config: Config
     groups: Groups
-    # MoE blocks whose tokens travel.
-    blocks: int
+    # MoE blocks of every stage of the model, 0 where their tokens don't travel.
+    stages: Sequence[int]
     # How the newest table came about.
     reason: str = ""
     _tables: dict[int, Table] = field(default_factory=dict)
+    _programs: dict[int, Program] = field(default_factory=dict)
     _costs: Costs | None = None
     _steps: int = 0
     _kept_spans: bool = False
 
-    def table(self, micro_batches: int) -> Table:
+    @property
+    def blocks(self) -> int:
+        """MoE blocks of the whole model whose tokens travel."""
+        return sum(self.stages)
+
+    def program(self, micro_batches: int) -> Program:
         """For the step that begins now."""
+        if self.groups.mesh.pp == 1:
+            return Program(self.table(micro_batches), [(0, number) for number in range(micro_batches)])
+        if micro_batches not in self._programs:
+            self._programs[micro_batches] = self._pipelined(micro_batches)
+        return self._programs[micro_batches]
+
+    def _pipelined(self, micro_batches: int) -> Program:
+        schedule, rank, pairs = self.config.schedule, self.groups.coordinate.pp, overlaps(self.config)
+        made = make(schedule.pipeline, self.groups.mesh.pp, micro_batches, schedule.chunks, makes_pairs(self.config))
+        check_pipeline(made)
+        self.reason = f"{schedule.pipeline}, {micro_batches} micro-batches over {made.layout.num_stages} stages"
+        self.reason += ", forward under backward passes" if pairs else ""
+        courses = [course for course, where in made.rank_of.items() if where == rank]
+        table = expand(made.ranks[rank], self.stages, overlap=pairs)
+        return Program(table, courses, Traffic.of(made, rank))
+
+    def table(self, micro_batches: int) -> Table:
+        """The order of a step without a pipeline."""
         self._steps += 1
         if self._measures and self._steps <= TIMED_STEP:
             self._kept_spans = self.groups.trace.keeps_spans

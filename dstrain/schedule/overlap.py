@@ -3,10 +3,10 @@
 The order of DeepSeek-V3's training trace (https://github.com/deepseek-ai/profile-data): each transfer of one pass runs
 under compute of the other. For block f of the forward and block b of the backward pass:
 
-    B attend b+1 | F attend f | B experts b | W experts b, F shared f, F experts f | B attend b, W attend b | F attend f+1
-                 combine(B b)   dispatch(F f)          dispatch(B b)                      combine(F f)
+    B attend b+1 | F attend f   | B experts b   | W experts b, F shared f, F experts f | B attend b, W attend b | ...
+                 | combine(B b) | dispatch(F f) | dispatch(B b)                        | combine(F f)
 
-(below, the transfer that is under way at that time). B shared b runs before B experts b. The two stages of a pair may
+(above compute, below the transfer that is under way meanwhile). B shared b runs before B experts b. The two stages of a pair may
 have different numbers of blocks; what one has more runs in the plain order. No torch.
 """
 

@@ -54,8 +54,8 @@ class PhasedBlock(Protocol):
 
 
 class WalkEnd(Protocol[Result_co]):
-    """What a walk returns: the roots of its last stretch, whatever the caller wants to know, and what the next stage of a
-    pipeline starts from, None where the model ends."""
+    """What a walk returns: the roots of its last stretch, whatever the caller wants to know, and what the next stage of
+    a pipeline starts from, None where the model ends."""
 
     @property
     def roots(self) -> Sequence[Tensor]: ...

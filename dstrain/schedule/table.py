@@ -172,7 +172,7 @@ def _read(lines: Iterable[str]) -> Iterator[Action]:
     for line in lines:
         try:
             work, phase, block, of, micro_batch, *where = line.split()
-            if of != "of" or where and (len(where) != 2 or where[0] != "in"):
+            if of != "of" or (where and (len(where) != 2 or where[0] != "in")):
                 raise ValueError
             stage = int(where[1]) if where else 0
             yield Action(Pass(work), Phase(phase), int(block), int(micro_batch), stage)

@@ -22,8 +22,7 @@ from dstrain.comm.probe import Speed
 from dstrain.config.bench import CommRoot
 from dstrain.config.schema import HardwareConfig
 from dstrain.errors import UserError
-from dstrain.mesh.axes import Mesh
-from dstrain.mesh.groups import Groups, Place, connect, disconnect
+from dstrain.mesh.groups import Groups, Place, connect, disconnect, mesh_of
 from dstrain.mesh.topology import Link
 
 # A pipe has no width of its own.
@@ -34,7 +33,7 @@ PLACES = {Link.NODE: "inside a node", Link.NETWORK: "between nodes"}
 def run(config: CommRoot) -> None:
     """Measures on all ranks; the first one prints and writes comm.out."""
     place = Place.from_environment()
-    mesh = Mesh(config.mesh.pp, config.mesh.dp or 1, config.mesh.ep)
+    mesh = mesh_of(config)
     groups = connect(mesh, place, config.mesh.timeout_s)
     with ExitStack() as stack:
         stack.push(unless_broken(disconnect))

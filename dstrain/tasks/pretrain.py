@@ -29,8 +29,7 @@ from dstrain.engine.choose import make_engine
 from dstrain.engine.loop import StepReport, Trainer, rest_of_run
 from dstrain.engine.state import Progress
 from dstrain.errors import SharedError, UserError
-from dstrain.mesh.axes import Mesh
-from dstrain.mesh.groups import Groups, Place, connect, disconnect
+from dstrain.mesh.groups import Groups, Place, connect, disconnect, mesh_of
 from dstrain.metrics.console import Console
 from dstrain.metrics.observer import Observer
 from dstrain.metrics.record import step_record
@@ -49,7 +48,7 @@ STOPPED = 75
 def run(config: Config) -> None:
     """Trains to train.steps. Raises UserError for what a user can mend, SystemExit(75) after a requested stop."""
     place = Place.from_environment()
-    groups = connect(Mesh(config.mesh.pp, config.mesh.dp or 1, config.mesh.ep), place, config.mesh.timeout_s)
+    groups = connect(mesh_of(config), place, config.mesh.timeout_s)
     with ExitStack() as stack:
         stack.push(unless_broken(disconnect))
         with blaming(place.rank, place.world, groups.trace):

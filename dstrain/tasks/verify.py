@@ -19,7 +19,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf, prod
@@ -33,17 +33,18 @@ from torch import Tensor
 from torch import multiprocessing as mp
 
 from dstrain.config.commands import VerifyRoot
-from dstrain.config.schema import Config, DispatchConfig, MeshConfig, PrecisionConfig
+from dstrain.config.schema import Config, DispatchConfig, MeshConfig, PrecisionConfig, ScheduleConfig
 from dstrain.dispatch.choose import choose
 from dstrain.engine.choose import make_engine
-from dstrain.engine.loop import Batches, Trainer
+from dstrain.engine.loop import Batches, StartWalk, Trainer
 from dstrain.engine.plain import PlainEngine
 from dstrain.engine.state import FlatShard, Progress
 from dstrain.errors import UserError
 from dstrain.mesh.axes import Mesh
-from dstrain.mesh.groups import Groups, Place, connect, disconnect, free_port
-from dstrain.model.layer import Walk, walk_whole
+from dstrain.mesh.groups import Groups, Place, connect, disconnect, free_port, mesh_of
+from dstrain.model.layer import walk_whole
 from dstrain.parallel.apply import build_model
+from dstrain.schedule.choose import Program
 from dstrain.tasks.pretrain import open_loader, with_vocabulary
 
 # Vocabulary of the random tokens that stand in for text when none is given.
@@ -68,10 +69,10 @@ class Difference:
 def run(config: VerifyRoot) -> None:
     """Prints the table; SystemExit(1) on a mismatch, UserError if a run failed or hung."""
     config = prepare(config)
-    mesh = Mesh(config.mesh.pp, config.mesh.dp or 1, config.mesh.ep)
+    mesh = mesh_of(config)
     with tempfile.TemporaryDirectory(prefix="dstrain-verify-") as folder:
-        reference_config = replace(config, mesh=MeshConfig(pp=1, ep=1, dp=1), dispatch=DispatchConfig())
-        reference = run_processes(_reference, reference_config, Mesh(), Path(folder, "one"))
+        plain = replace(config, mesh=MeshConfig(pp=1, ep=1, dp=1), dispatch=DispatchConfig(), schedule=ScheduleConfig())
+        reference = run_processes(_reference, plain, Mesh(), Path(folder, "one"))
         layout = run_processes(_layout, config, mesh, Path(folder, "layout"))
     differences = compare(reference, layout, by_norm=rounds(config))
     failed = print_table(differences, config, mesh, layout["how"])
@@ -146,11 +147,11 @@ def _rank(rank: int, worker: Callable[..., None], config: VerifyRoot, mesh: Mesh
 
 
 class PlainTrainer(Trainer):
-    """Runs no table: every micro-batch is one graph."""
+    """Runs no table: every micro-batch is one graph of the whole model."""
 
-    def forward_and_backward(self, walks: Sequence[Callable[[], Walk[None]]]) -> None:
-        for walk in walks:
-            torch.stack(walk_whole(walk()).roots).sum().backward()
+    def forward_and_backward(self, program: Program, starts: Mapping[tuple[int, int], StartWalk]) -> None:
+        for course in program.courses:
+            torch.stack(walk_whole(starts[course](None)).roots).sum().backward()
 
 
 def _reference(rank: int, config: VerifyRoot, mesh: Mesh, port: int, folder: Path) -> None:

@@ -64,7 +64,7 @@ from dstrain.config.schema import *
 from dstrain.engine.choose import make_engine
 from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import Place, connect
-from dstrain.parallel.apply import build_model
+from dstrain.parallel.apply import build_model, logical_parameters
 
 model = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_experts=4, moe_intermediate_size=16)
 precision = PrecisionConfig("float32", "bfloat16", "float32")
@@ -72,7 +72,7 @@ config = Config(model=model, precision=precision, engine=EngineConfig("deepspeed
 groups = connect(Mesh(), Place.from_environment())
 model = build_model(config, groups)
 engine = make_engine(model, config, groups)
-engine.expect(1)
+engine.expect({x.name: 1 for x in logical_parameters(model)})
 model(torch.randint(64, (2, 17)), 2, 0.0).total.backward()
 norm = engine.reduce()
 engine.step(1e-3)

@@ -20,7 +20,7 @@ from dstrain.engine.sharding import ShardedEngine
 from dstrain.engine.state import Progress
 from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import Groups, Place, connect
-from dstrain.parallel.apply import build_model
+from dstrain.parallel.apply import build_model, logical_parameters
 from dstrain.parallel.recompute import METHODS
 from tests.gloo.spawn import spawn
 from tests.tiny import CPU, alone, samples, tiny_config, whole, worst
@@ -287,7 +287,7 @@ def test_state_moves_between_layouts():
 
 def test_a_gradient_that_does_not_come_is_missed():
     trainer = trainer_of(case(), alone())
-    trainer.engine.expect(2)
+    trainer.engine.expect({x.name: 2 for x in logical_parameters(trainer.model)})
     trainer.model(samples(trainer.config, 0, 2), 2).total.backward()
     with pytest.raises(RuntimeError, match="gradients have not come: of"):
         trainer.engine.reduce()
