@@ -106,6 +106,8 @@ def check_comm(config: CommRoot, world_size: int) -> None:
     """What a hardware file needs, besides the rules of a training run."""
     cure = "Start several: torchrun --nproc-per-node 2 -m dstrain bench comm ..."
     need(world_size > 1, ("WORLD_SIZE", world_size), "one process has no links to measure", cure)
+    rule = "it times the exchanges of one pipeline stage"
+    need(config.mesh.pp == 1, ("mesh.pp", config.mesh.pp), rule, "Set mesh.pp=1.")
     at_least(config, 1, "comm.rounds")
     out = Path(config.comm.out)
     cure = "Give comm.out=hardware/<name>.yaml."

@@ -10,10 +10,27 @@ from operator import attrgetter
 from typing import Any
 
 from dstrain.config.bench import CommRoot, check_comm, check_fabric
-from dstrain.config.commands import ExportRoot, GenerateRoot, ImportRoot, TokenizeRoot, VerifyRoot
+from dstrain.config.commands import (
+    ExportRoot,
+    GenerateRoot,
+    ImportRoot,
+    ShowRoot,
+    SplitRoot,
+    TokenizeRoot,
+    VerifyRoot,
+)
 from dstrain.config.keys import keys
+from dstrain.config.model import check_model
+from dstrain.config.pipeline import (
+    check_batches,
+    check_micro_batches,
+    check_part_costs,
+    check_schedule,
+    check_stages,
+    check_table,
+)
 from dstrain.config.rules import above_zero, at_least, listed, near, need, need_text, one_of
-from dstrain.config.schema import Config, ModelConfig
+from dstrain.config.schema import Config
 from dstrain.errors import ConfigError
 
 RECOMPUTE = ("norm", "mla_up", "swiglu", "attend", "experts", "layer")
@@ -41,11 +58,11 @@ def check(config: Config, world_size: int | None = None) -> None:
     check_recipe(config)
     check_machine(config)
     check_data(config)
+    check_schedule(resolve(config, world_size))
 
 
 def check_training(config: Config, world_size: int) -> None:
     """`check`, and what a training run needs besides."""
-    _check_pipeline(config)
     check(config, world_size)
     if config.data.path is None and not config.data.blend:
         cure = "Give data.path=<text, a directory, .jsonl, .parquet or token files> or data.blend."
@@ -55,7 +72,6 @@ def check_training(config: Config, world_size: int) -> None:
 
 
 def check_bench_comm(config: CommRoot, world_size: int) -> None:
-    _check_pipeline(config)
     check_comm(config, world_size)
     check(config, world_size)
 
@@ -82,7 +98,7 @@ def check_mesh(config: Config, world_size: int | None) -> None:
 
 
 def check_dispatch(config: Config) -> None:
-    """How tokens travel, and in which order the phases run."""
+    """How tokens travel."""
     dispatch = config.dispatch
     one_of(config, "dispatch.kind", "auto", "local", "alltoall", "rank", "hierarchical", "deepep")
     if dispatch.kind == "local" and config.mesh.ep > 1:
@@ -92,44 +108,6 @@ def check_dispatch(config: Config) -> None:
     if dispatch.expert_chunk_rows is not None:
         at_least(config, 0, "dispatch.expert_chunk_rows")
     at_least(config, 0, "dispatch.placement.every_steps", "dispatch.placement.min_gain")
-    if config.schedule.in_flight is not None:
-        at_least(config, 1, "schedule.in_flight")
-        need(
-            config.schedule.in_flight == 1 or config.engine.zero_stage != 2,
-            ("schedule.in_flight", config.schedule.in_flight),
-            "engine.zero_stage=2 reduces one micro-batch after the other",
-            "Set schedule.in_flight=1, or engine.zero_stage=1.",
-        )
-    one_of(config, "schedule.order", "fixed", "measured")
-
-
-def check_model(model: ModelConfig) -> None:
-    at_least(model, 1, "hidden_size", "num_layers", "num_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
-    at_least(model, 1, "qk_rope_head_dim", "intermediate_size", "moe_intermediate_size", "num_experts")
-    at_least(model, 0, "num_dense_layers", "num_shared_experts", "mtp.depth", "mtp.loss_weight")
-    for name in ("vocab_size", "q_lora_rank"):
-        if getattr(model, name) is not None:
-            at_least(model, 1, name)
-    above_zero(model, "norm_eps", "init_std", "rope.theta")
-    need(
-        model.num_dense_layers <= model.num_layers,
-        ("model.num_dense_layers", model.num_dense_layers),
-        f"it can't exceed model.num_layers={model.num_layers}",
-        "Make it smaller.",
-    )
-    need(
-        model.qk_rope_head_dim % 2 == 0,
-        ("model.qk_rope_head_dim", model.qk_rope_head_dim),
-        "rotary positions turn pairs of dimensions, so it must be even",
-        f"Set it to {model.qk_rope_head_dim + 1}.",
-    )
-    # The kernel for many experts reads whole 16 bytes; rotary pairs begin at even places.
-    for name, unit in (("hidden_size", 8), ("moe_intermediate_size", 8), ("qk_nope_head_dim", 2), ("kv_lora_rank", 2)):
-        value = getattr(model, name)
-        rule = f"it must be a multiple of {unit}"
-        need(value % unit == 0, (f"model.{name}", value), rule, f"Set it to {near(value, unit)}.")
-    _check_rope(model)
-    _check_router(model)
 
 
 def check_batch(config: Config, world_size: int | None) -> None:
@@ -248,7 +226,6 @@ def check_same_run(saved: Config, config: Config) -> None:
 
 
 def check_verify(config: VerifyRoot) -> None:
-    _check_pipeline(config)
     check(config)
     at_least(config, 1, "verify.steps", "verify.timeout_s")
     if config.verify.tolerance is not None:
@@ -285,6 +262,33 @@ def check_tokenize(config: TokenizeRoot) -> None:
         at_least(config, 1, "workers")
 
 
+def check_show(config: ShowRoot) -> None:
+    check_mesh(config, None)
+    need(config.mesh.pp > 1, ("mesh.pp", config.mesh.pp), "a pipeline has several ranks", "Set mesh.pp=4, say.")
+    check_table(config)
+    if config.micro_batches is None:
+        check_batch(config, None)
+        check_batches(resolve(config))
+    else:
+        at_least(config, 1, "micro_batches")
+        check_micro_batches(config, config.micro_batches, ("micro_batches", config.micro_batches))
+    rule = "it has three times: of a forward pass, of input gradients and of weight gradients"
+    need(len(config.times) == 3, ("times", list(config.times)), rule, "times='[1,1,1]' is usual.")
+    need(min(config.times) > 0, ("times", list(config.times)), "a time is above 0", "Raise it.")
+    above_zero(config, "pair")
+
+
+def check_split(config: SplitRoot) -> None:
+    check_mesh(config, None)
+    check_model(config.model)
+    need(config.mesh.pp > 1, ("mesh.pp", config.mesh.pp), "one rank holds all layers", "Set mesh.pp=4, say.")
+    check_table(config)
+    check_part_costs(config)
+    check_stages(config)
+    at_least(config, 1, "train.seq_len", "train.micro_batch", "rounds")
+    one_of(config, "precision.compute_dtype", *DTYPES)
+
+
 # By command; `train` takes the world size as well.
 CHECKS: dict[str, Callable[[Any], None]] = {
     "verify": check_verify,
@@ -293,13 +297,9 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "import": check_import,
     "tokenize": check_tokenize,
     "bench_fabric": check_fabric,
+    "schedule_show": check_show,
+    "schedule_split": check_split,
 }
-
-
-def _check_pipeline(config: Config) -> None:
-    if config.mesh.pp > 1:
-        rule = "training with pipeline stages is not built yet"
-        raise ConfigError("mesh.pp", config.mesh.pp, rule, "Set mesh.pp=1; `--cfg job` shows this recipe all the same.")
 
 
 def _check_world(config: Config, world_size: int) -> None:
@@ -314,48 +314,6 @@ def _check_world(config: Config, world_size: int) -> None:
         sizes = f"{unit}, {2 * unit}, {3 * unit}, ..."
         cure = f"Start {sizes} processes (torchrun --nproc-per-node), or change mesh.ep."
         raise ConfigError("mesh", value, f"pp*ep={unit} does not divide the number of processes, {world_size}", cure)
-
-
-def _check_rope(model: ModelConfig) -> None:
-    rope = model.rope
-    at_least(model, 1, "rope.yarn_factor", "rope.original_seq_len")
-    need(
-        rope.beta_fast > rope.beta_slow > 0,
-        ("model.rope.beta_fast", rope.beta_fast),
-        f"it must be above model.rope.beta_slow={rope.beta_slow}, and both above 0",
-        "32 and 1 are usual.",
-    )
-
-
-def _check_router(model: ModelConfig) -> None:
-    router, experts = model.router, model.num_experts
-    one_of(model, "router.score", "sigmoid", "softmax")
-    one_of(model, "router.group_score", "top2_sum", "max")
-    at_least(model, 1, "experts_per_token", "router.num_groups", "router.groups_per_token")
-    at_least(model, 0, "router.bias_update_rate", "router.balance_loss_weight", "router.z_loss_weight")
-    above_zero(model, "router.scaling_factor")
-    groups = ("model.router.num_groups", router.num_groups)
-    need(experts % router.num_groups == 0, groups, f"it must divide model.num_experts={experts}", "Use equal groups.")
-    need(
-        router.groups_per_token <= router.num_groups,
-        ("model.router.groups_per_token", router.groups_per_token),
-        f"a token can't use more than model.router.num_groups={router.num_groups} groups",
-        "Make it smaller.",
-    )
-    size = experts // router.num_groups
-    need(
-        router.num_groups == 1 or router.group_score == "max" or size >= 2,
-        groups,
-        "group_score=top2_sum needs two experts in a group",
-        "Use fewer groups, or group_score=max.",
-    )
-    allowed = router.groups_per_token * size
-    need(
-        model.experts_per_token <= allowed,
-        ("model.experts_per_token", model.experts_per_token),
-        f"a token may choose among {allowed} experts ({router.groups_per_token} of {router.num_groups} groups)",
-        f"Set it to at most {allowed}, or raise model.router.groups_per_token.",
-    )
 
 
 def _check_ramp(config: Config, sequences: int, share: int, rule: str) -> None:

@@ -25,6 +25,31 @@ class VerifyRoot(Config):
 
 
 @dataclass(frozen=True)
+class ShowRoot(Config):
+    """`dstrain schedule show <pipeline>`: the table of a pipeline, and its figures."""
+
+    # Of a rank in a step; None: as many as the batch of the config gives it.
+    micro_batches: int | None = None
+    # Times of a stage, in any unit: forward pass, input gradients, weight gradients.
+    times: tuple[float, ...] = (1.0, 1.0, 1.0)
+    # Time of an overlapped pair, as a share of its two parts one after the other.
+    pair: float = 1.0
+    # Prefix of a picture (.png) and a timeline for Perfetto (.json), or one file: .png, .json, .txt (the table), or
+    # .csv (for torch.distributed.pipelining). "": <pipeline>-<ranks>x<micro-batches>.
+    out: str = ""
+
+
+@dataclass(frozen=True)
+class SplitRoot(Config):
+    """`dstrain schedule split`: which layers each stage of a pipeline holds, and what they cost."""
+
+    # Time the parts of the model on this machine first, and plan the split with that.
+    measure: bool = False
+    # Passes of which the median counts, after one that warms up.
+    rounds: int = 5
+
+
+@dataclass(frozen=True)
 class GenerateRoot:
     """`dstrain generate`."""
 

@@ -32,24 +32,23 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from dstrain.config import check
-from dstrain.config.bench import CommRoot, FabricRoot
-from dstrain.config.commands import ExportRoot, GenerateRoot, ImportRoot, TokenizeRoot, VerifyRoot
+from dstrain.config import bench, check, commands
 from dstrain.config.keys import Key, is_node, keys, nearest, sections
 from dstrain.config.schema import Config
 from dstrain.errors import ConfigError, UserError
 
-Root = Config | GenerateRoot | ExportRoot | ImportRoot | TokenizeRoot | FabricRoot
-
+# By command; of two words, with "_" between them.
 SCHEMAS: dict[str, type] = {
     "train": Config,
-    "verify": VerifyRoot,
-    "generate": GenerateRoot,
-    "export": ExportRoot,
-    "import": ImportRoot,
-    "tokenize": TokenizeRoot,
-    "bench_comm": CommRoot,
-    "bench_fabric": FabricRoot,
+    "verify": commands.VerifyRoot,
+    "generate": commands.GenerateRoot,
+    "export": commands.ExportRoot,
+    "import": commands.ImportRoot,
+    "tokenize": commands.TokenizeRoot,
+    "schedule_show": commands.ShowRoot,
+    "schedule_split": commands.SplitRoot,
+    "bench_comm": bench.CommRoot,
+    "bench_fabric": bench.FabricRoot,
 }
 
 # Who names the first means it instead of the second, which a YAML file may have set.
@@ -121,7 +120,7 @@ def default_run_dir(now: datetime) -> str:
     return f"runs/{now:%Y-%m-%d_%H-%M-%S}"
 
 
-def _finish(command: str, composed: DictConfig) -> Root:
+def _finish(command: str, composed: DictConfig) -> Any:
     config, job = _build(SCHEMAS[command], composed), HydraConfig.get()
     named = any(str(override).startswith("run.dir=") for override in job.overrides.task)
     if command == "train" and job.mode == RunMode.MULTIRUN and not named:
@@ -362,7 +361,7 @@ def _help(command: str, schema: type) -> str:
         listed[section].append(fill(text, 120, subsequent_indent=29 * " ", break_on_hyphens=False))
     heads = {name: f"{name}. {about[name]}\n" if name else "" for name in listed}
     text = "\n\n".join(heads[name] + "\n".join(lines) for name, lines in listed.items())
-    composed = issubclass(schema, (Config, FabricRoot))
+    composed = issubclass(schema, (Config, bench.FabricRoot))
     usage, groups = (" [group=choice ...]", _GROUPS[issubclass(schema, Config)]) if composed else ("", "")
     return _HELP.format(
         command=_spoken(command), usage=usage, groups=groups, keys=re.sub(r"\bNone\b", "null", text).replace("$", "$$")

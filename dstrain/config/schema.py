@@ -175,9 +175,9 @@ class DispatchConfig:
 
 @dataclass(frozen=True)
 class PartCosts:
-    """Milliseconds of a micro-batch in each part of the model, for the planned split; all 0: planned by FLOPs.
+    """What a micro-batch costs in each part of the model, in ms, for the planned split; all 0: FLOPs decide.
 
-    `dstrain schedule split measure=true` measures them.
+    `dstrain schedule split measure=true` measures it.
     """
 
     embedding: float = 0.0
@@ -206,8 +206,8 @@ class ScheduleConfig:
     # pipeline has such pairs of its own (dualpipe, dualpipev). true: in 1f1b and interleaved too, at about twice the
     # activations; false: the two parts of a pair run one after the other.
     overlap: bool | None = None
-    # Layers of each stage, in order. None: planned, so that the costliest stage costs least.
-    split: tuple[int, ...] | None = None
+    # Layers of each stage, in order; empty: planned, so that the costliest stage costs least.
+    split: tuple[int, ...] = ()
     part_ms: PartCosts = field(default_factory=PartCosts)
 
 

@@ -74,7 +74,7 @@ def test_a_file_that_cannot_be_written(tmp_path: Path):
         ("2", "comm.out=mine.txt", "comm.out=mine.txt: a hardware file is YAML. Give comm.out=hardware/<name>.yaml."),
         ("2", "comm.out=there.yaml", "comm.out=there.yaml: there is such a file. Remove it, or choose another one."),
         ("2", "comm.ou=x", "comm.ou=x: there is no such key. Did you mean comm.out?"),
-        ("2", "mesh.pp=2", "mesh.pp=2: training with pipeline stages is not built yet."),
+        ("2", "mesh.pp=2", "mesh.pp=2: it times the exchanges of one pipeline stage."),
         ("3", "mesh.ep=2", "mesh.ep"),
     ],
 )

@@ -62,7 +62,7 @@ def only_message(status: int, err: str) -> str:
         ("mesh.ep=3", "mesh.ep=3: it must divide model.num_experts=4. Set mesh.ep to one of 1, 2, 4."),
         ("mesh.ep=2", "mesh={pp: 1, ep: 2}: pp*ep=2 does not divide the number of processes, 1. Start 2, 4, 6, ..."),
         ("mesh.dp=2", "mesh={pp: 1, ep: 1, dp: 2}: pp*ep*dp=2 is not the number of processes, 1. Start 2 processes"),
-        ("mesh.pp=2", "mesh.pp=2: training with pipeline stages is not built yet."),
+        ("mesh.pp=2", "mesh={pp: 2, ep: 1}: pp*ep=2 does not divide the number of processes, 1. Start 2, 4, 6, ..."),
         ("train.steps=many", "train.steps=many: "),
         ("data.tokenizer=nowhere.json", "data.tokenizer=nowhere.json: No such file or directory. Give 'bytes' or"),
         ("model.vocab_size=100", "model.vocab_size=100: the tokenizer bytes has 260 tokens. Give at least as many"),
@@ -85,7 +85,8 @@ def test_other_ranks_leave_the_message_to_the_first(line: Line, tmp_path: Path, 
 
 
 def test_verify_of_stages(line: Line):
-    assert only_message(*line("verify", "mesh.pp=2")).startswith("mesh.pp=2: ")
+    wrong = ["mesh.pp=3", "schedule.pipeline=dualpipe"]
+    assert only_message(*line("verify", *wrong)).startswith("mesh.pp=3: dualpipe feeds both ends and needs an even")
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
