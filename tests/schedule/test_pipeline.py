@@ -42,6 +42,8 @@ def test_legal():
         ("once", "W1.1 on rank 1", [FIRST, SECOND + " W1.1"]),
         ("once", "I1.0 on rank 1", [FIRST, "F1.0 B1.0 I1.0 F1.1 B1.1"]),
         ("once", "B1.1 on rank 1", [FIRST, SECOND + " B1.1"]),
+        ("once", "B0.1 on rank 0", [FIRST + " B0.1", SECOND]),
+        ("once", "W0.1 on rank 0", [FIRST + " W0.1", SECOND]),
         ("home", "rank 1 runs F0.1, but holds stages (1,)", ["F0.0 B0.0", SECOND + " F0.1"]),
         ("order", "W1.0 on rank 1 comes after micro-batch 1", [FIRST, "F1.0 I1.0 F1.1 I1.1 W1.1 W1.0"]),
         ("order", "B1.0 on rank 1 comes after micro-batch 1", [FIRST, "F1.0 F1.1 B1.1 B1.0"]),
