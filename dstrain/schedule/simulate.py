@@ -3,13 +3,19 @@
 The machine is one compute stream and one link. Actions run in the order of the table; an action begins when the one
 before it has ended and its transfer has arrived. A transfer sets out when the action that starts it has ended and the
 transfer before it has arrived (first in, first out). All ranks are alike.
+
+Of a pipeline, every rank has its table. Ranks of one node may share a link, which takes the transfers of all of them in
+the order in which they want to set out. What passes from stage to stage has ways of its own, with a latency and room
+for everything, as in figures.py. The ranks of an expert-parallel group are alike, so one of them stands for all.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 from dstrain.schedule.action import Action, Pass, Phase
-from dstrain.schedule.table import Table, Transfer, sender, starts
+from dstrain.schedule.table import IllegalTable, Table, Transfer, sender, starts
 
 
 @dataclass(frozen=True)
@@ -94,19 +100,92 @@ class Timeline:
 
 
 def simulate(table: Table, costs: Costs) -> Timeline:
-    blocks = costs.blocks
-    computes, transfers = [], []
-    arrival_ms: dict[Action, float] = {}
-    now_ms = link_ms = 0.0
-    for action in table:
-        source = sender(action, blocks)
-        start_ms = now_ms if source is None else max(now_ms, arrival_ms[source])
-        now_ms = start_ms + costs.of(action)
-        computes.append(Interval(action, start_ms, now_ms))
-        transfer = starts(action, blocks)
+    """A rank without a pipeline."""
+    return simulate_ranks([table], [costs], [0])[0]
+
+
+def simulate_ranks(
+    tables: Sequence[Table], stages: Sequence[Costs], links: Sequence[int], pipe_ms: float = 0.0
+) -> list[Timeline]:
+    """Every rank of a pipeline; `stages`: costs by stage, `links[rank]`: the number of the link that a rank sends over,
+    `pipe_ms`: from the end of a stage until its neighbour on another rank can begin.
+
+    Raises IllegalTable if the ranks wait for each other.
+    """
+    return _Play(tables, stages, links, pipe_ms).run()
+
+
+@dataclass
+class _Play:
+    """Actions are taken in the order of their ends, so that a link sees its transfers in the order of their starts."""
+
+    tables: Sequence[Table]
+    stages: Sequence[Costs]
+    links: Sequence[int]
+    pipe_ms: float
+    # By an action: when what it sends is there, and the rank that has sent it.
+    sent: dict[Action, tuple[float, int]] = field(default_factory=dict)
+    # End and rank of every rank's next action, if it has what it needs; ranks by what they lack.
+    next_ends: list[tuple[float, int]] = field(default_factory=list)
+    lacking: defaultdict[Action, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def run(self) -> list[Timeline]:
+        self.blocks = [costs.blocks for costs in self.stages]
+        self.timelines = [Timeline([], []) for _ in self.tables]
+        self.now_ms = [0.0] * len(self.tables)
+        self.link_ms = dict.fromkeys(self.links, 0.0)
+        for rank in range(len(self.tables)):
+            self.look_ahead(rank)
+        while self.next_ends:
+            self.compute(*heappop(self.next_ends))
+        if self.lacking:
+            reasons = [
+                f"rank {rank} waits in {self.next(rank)} for {need}"
+                for need, ranks in self.lacking.items()
+                for rank in ranks
+            ]
+            raise IllegalTable("deadlock", "; ".join(sorted(reasons)))
+        return self.timelines
+
+    def next(self, rank: int) -> Action | None:
+        done, table = len(self.timelines[rank].computes), self.tables[rank]
+        return table[done] if done < len(table) else None
+
+    def look_ahead(self, rank: int) -> None:
+        """When a rank's next action will end, or what it lacks."""
+        action = self.next(rank)
+        if action is None:
+            return
+        need = self.source(action)
+        if need is not None and need not in self.sent:
+            self.lacking[need].append(rank)
+            return
+        if need is not None:
+            there_ms, source = self.sent[need]
+            self.now_ms[rank] = max(self.now_ms[rank], there_ms + (self.pipe_ms if source != rank else 0.0))
+        heappush(self.next_ends, (self.now_ms[rank] + self.stages[action.stage].of(action), rank))
+
+    def compute(self, end_ms: float, rank: int) -> None:
+        """The next action of a rank, which ends then, and the transfer that it starts."""
+        action = self.tables[rank][len(self.timelines[rank].computes)]
+        self.timelines[rank].computes.append(Interval(action, self.now_ms[rank], end_ms))
+        self.now_ms[rank] = there_ms = end_ms
+        costs, transfer = self.stages[action.stage], starts(action, self.blocks[action.stage])
         if transfer is not None:
-            departure_ms = max(link_ms, now_ms)
-            link_ms = departure_ms + costs.of(transfer)
-            arrival_ms[action] = link_ms + costs.latency_ms
-            transfers.append(Interval(transfer, departure_ms, link_ms))
-    return Timeline(computes, transfers)
+            departure_ms = max(self.link_ms[self.links[rank]], end_ms)
+            arrival_ms = self.link_ms[self.links[rank]] = departure_ms + costs.of(transfer)
+            self.timelines[rank].transfers.append(Interval(transfer, departure_ms, arrival_ms))
+            there_ms = arrival_ms + costs.latency_ms
+        self.sent[action] = there_ms, rank
+        for waiting in (rank, *self.lacking.pop(action, ())):
+            self.look_ahead(waiting)
+
+    def source(self, action: Action) -> Action | None:
+        """The action that sends what this one waits for: tokens on this rank's link, or what passes between stages."""
+        work, stage, blocks = action.work, action.stage, self.blocks[action.stage]
+        if action.phase is Phase.ATTEND:
+            if work is Pass.FORWARD and action.block == 0 and stage > 0:
+                return Action(work, Phase.ATTEND, self.blocks[stage - 1], action.micro_batch, stage - 1)
+            if work is Pass.BACKWARD and action.block == blocks and stage < len(self.blocks) - 1:
+                return Action(work, Phase.ATTEND, 0, action.micro_batch, stage + 1)
+        return sender(action, blocks)
