@@ -24,6 +24,8 @@ COMMANDS = {
     "export": ("export", "write a checkpoint as a Hugging Face model directory"),
     "import": ("import_", "start a run from a Hugging Face DeepSeek-V2/V3 directory"),
     "tokenize": ("tokenize", "turn text into memory-mapped token files"),
+    "schedule show": ("schedule_show", "show the table of a pipeline: dstrain schedule show dualpipev mesh.pp=4"),
+    "schedule split": ("schedule_split", "show which layers each stage of a pipeline holds, and what they cost"),
     "bench comm": (
         "bench_comm",
         "measure links and collectives of a cluster, and write a hardware file (under torchrun)",
@@ -34,6 +36,9 @@ COMMANDS = {
     ),
     "completion": ("", 'print shell completion: eval "$(dstrain completion bash)"'),
 }
+
+# The key that a word without "=" right after a command is the value of.
+FIRST_WORD = {"schedule show": "schedule.pipeline"}
 
 # How long a rank that leaves the message to rank 0 lives on.
 SILENT_RANK_WAIT_S = 5.0
@@ -131,7 +136,15 @@ def run(command: str, arguments: Sequence[str]) -> None:
         import_module(f"dstrain.tasks.{COMMANDS[command][0]}").run(config)
 
     # The files of a command of two words have one name.
-    load.run(command.replace(" ", "_"), arguments, task)
+    load.run(command.replace(" ", "_"), keyed(command, arguments), task)
+
+
+def keyed(command: str, arguments: Sequence[str]) -> list[str]:
+    """`schedule show dualpipev` is `schedule show schedule.pipeline=dualpipev`."""
+    first = arguments[0] if arguments else ""
+    if command in FIRST_WORD and first and "=" not in first and not first.startswith("-"):
+        return [f"{FIRST_WORD[command]}={first}", *arguments[1:]]
+    return list(arguments)
 
 
 def installed_version() -> str:
