@@ -156,7 +156,8 @@ def make_zero(logicals: list[LogicalParameter], config: Config, groups: Groups) 
         contiguous_gradients=True,
         reduce_bucket_size=config.engine.bucket_mib * 2**20 // 4,
         dp_process_group=_group(groups, ""),
-        expert_parallel_group={EXPERTS: groups.ep.group} if EXPERTS in marked and groups.ep else None,
+        # Unused, but it must be there.
+        expert_parallel_group={EXPERTS: groups.ep.group} if groups.ep else {},
         expert_data_parallel_group={name: _group(groups, name) for name in sorted(marked)} or None,
         has_moe_layers=bool(marked),
         offload_optimizer_config=(

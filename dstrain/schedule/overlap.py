@@ -26,7 +26,8 @@ def expand(slots: Sequence[Slot], blocks: Sequence[int], *, overlap: bool) -> li
 
 
 def _of_slot(slot: Slot, blocks: Sequence[int], *, overlap: bool) -> Iterator[Action]:
-    if len(slot) == 2 and overlap:
+    # Where neither pass has a transfer, there is nothing to hide.
+    if len(slot) == 2 and overlap and any(blocks[op.stage] for op in slot):
         yield from pair(*slot, blocks)
     else:
         for op in slot:
