@@ -18,6 +18,7 @@ from dstrain.mesh.groups import Groups
 from dstrain.schedule.order import fixed, planned
 from dstrain.schedule.overlap import expand
 from dstrain.schedule.pipe import Traffic
+from dstrain.schedule.pipeline import Pipeline
 from dstrain.schedule.pipeline import check as check_pipeline
 from dstrain.schedule.pipelines.choose import make
 from dstrain.schedule.run import DIRECTIONS
@@ -58,6 +59,12 @@ class Program:
     # What passes from stage to stage; None without a pipeline.
     traffic: Traffic | None = None
 
+    @staticmethod
+    def of(pipeline: Pipeline, rank: int, stages: Sequence[int], *, overlap: bool) -> "Program":
+        """That of a pp index; `stages`: MoE blocks of every stage, whose tokens travel."""
+        courses = [course for course, where in pipeline.rank_of.items() if where == rank]
+        return Program(expand(pipeline.ranks[rank], stages, overlap=overlap), courses, Traffic.of(pipeline, rank))
+
 
 @dataclass
 class Orders:
@@ -89,14 +96,12 @@ class Orders:
         return self._programs[micro_batches]
 
     def _pipelined(self, micro_batches: int) -> Program:
-        schedule, rank, pairs = self.config.schedule, self.groups.coordinate.pp, overlaps(self.config)
+        schedule, pairs = self.config.schedule, overlaps(self.config)
         made = make(schedule.pipeline, self.groups.mesh.pp, micro_batches, schedule.chunks, makes_pairs(self.config))
         check_pipeline(made)
         self.reason = f"{schedule.pipeline}, {micro_batches} micro-batches over {made.layout.num_stages} stages"
         self.reason += ", forward under backward passes" if pairs else ""
-        courses = [course for course, where in made.rank_of.items() if where == rank]
-        table = expand(made.ranks[rank], self.stages, overlap=pairs)
-        return Program(table, courses, Traffic.of(made, rank))
+        return Program.of(made, self.groups.coordinate.pp, self.stages, overlap=pairs)
 
     def table(self, micro_batches: int) -> Table:
         """The order of a step without a pipeline."""
