@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dstrain.dispatch.alltoall import AllToAllDispatcher
-from dstrain.dispatch.contract import Arrived, Dispatcher
+from dstrain.dispatch.contract import Arrived, Dispatcher, Route
 from dstrain.dispatch.local import LocalDispatcher
 from dstrain.dispatch.rank import RankDispatcher
 from dstrain.dispatch.wire import WireFormat, wire_format
 from tests.dispatch.cases import EXPERTS, ROUTES, TRANSPORTS, WIDTH, balanced, everyone, make, route_of, tokens
 from tests.gloo.spawn import spawn
+from tests.tiny import CPU
 
 # Compute dtype and wire.
 FORMATS = {
@@ -58,11 +59,20 @@ def coefficients(tokens: int, rank: int) -> Tensor:
     return torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(300 + rank))
 
 
-def run(dispatcher: Dispatcher, held: slice, experts_TK: Tensor, rank: int, dtype: torch.dtype) -> Outcome:
+def run(
+    dispatcher: Dispatcher,
+    held: slice,
+    experts_TK: Tensor,
+    rank: int,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+) -> Outcome:
+    """Whatever the device, the case comes from the CPU and its outcome goes there."""
     route, x_TD = route_of(experts_TK, rank), tokens(len(experts_TK), rank, dtype)
     experts = all_experts(dtype)[held].requires_grad_()
-    arrived = dispatcher.dispatch(x_TD, route).wait()
-    y_TD = dispatcher.combine(through_experts(arrived, experts), arrived.ticket).wait()
+    there = Route(route.experts_TK.to(device), route.weights_TK.to(device))
+    arrived = dispatcher.dispatch(x_TD.to(device), there).wait()
+    y_TD = dispatcher.combine(through_experts(arrived, experts.to(device)), arrived.ticket).wait().cpu()
     (y_TD.float() * coefficients(len(y_TD), rank)).sum().backward()
     assert y_TD.dtype == dtype
     return Outcome(y_TD.detach(), x_TD.grad, route.weights_TK.grad, experts.grad, arrived.counts_E.tolist())
