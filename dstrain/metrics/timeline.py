@@ -138,7 +138,7 @@ def _named(name: str, label: Label) -> str:
 
 
 def _args(label: Label) -> dict[str, Any]:
-    shown = {"layer": label.block, "micro_batch": label.micro_batch, "step": label.step}
+    shown = {"stage": label.stage, "layer": label.block, "micro_batch": label.micro_batch, "step": label.step}
     return {name: value for name, value in shown.items() if value is not None}
 
 

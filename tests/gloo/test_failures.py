@@ -41,9 +41,9 @@ def most_s(rank: int) -> float:
     return TIMEOUT_S + grace_s + failure.STORE_TIMEOUT_S + BUSY_S
 
 
-def lose_a_rank(rank: int, world: int, made: Config, victim: int, how: int, port: int) -> str:
-    """The victim goes as soon as it has sent tokens in step 2; what the others say, and that they leave the run in
-    time."""
+def lose_a_rank(rank: int, world: int, made: Config, victim: int, how: int, port: int, kind: str = "dispatch") -> str:
+    """The victim goes as soon as it has ended a transfer of this kind in step 2; what the others say, and that they
+    leave the run in time."""
     # The run builds its default group itself: the present one has the patience of `spawn`.
     dist.destroy_process_group()
     Place.on_this_machine(rank, world, port)
@@ -52,7 +52,7 @@ def lose_a_rank(rank: int, world: int, made: Config, victim: int, how: int, port
 
     def stop(trace: Trace, transfer: Transfer) -> None:
         end(trace, transfer)
-        if transfer.kind == "dispatch" and transfer.label.step == 2:
+        if transfer.kind == kind and transfer.label.step == 2:
             # One clock for all processes of a machine.
             lost.write_text(str(time.monotonic()))
             os.kill(os.getpid(), how)
@@ -82,6 +82,23 @@ def test_a_rank_that_goes_in_mid_dispatch_is_named(tmp_path: Path, how: int):
         assert messages[rank].startswith(f"rank {rank}: ")
         # Either the one it waited for itself, or the one that others waited for.
         assert "rank 2 (" in messages[rank] or "The first to fail: rank 2." in messages[rank], messages[rank]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "stalls"])
+@pytest.mark.parametrize("kind", ["pipe", "dispatch"])
+def test_a_rank_that_goes_in_mid_pipeline_is_named(tmp_path: Path, how: int, kind: str):
+    """Rank 2 is the second stage of rank 0, and holds experts with rank 3."""
+    layout = ("mesh.pp=2", "mesh.ep=2", "train.micro_batch=1", "schedule.pipeline=zb_1p")
+    made = config(tmp_path, "run", *layout, f"mesh.timeout_s={TIMEOUT_S}", "train.steps=90", world=4)
+    messages = spawn(lose_a_rank, 4, made, 2, int(how), free_port(), kind, victims=[2], timeout_s=BEGIN_S)
+    sign = "is gone: the connection broke" if how == signal.SIGKILL else "did not answer"
+    where = rf"(pipe|dispatch|combine), stage \d, {WHERE} after"
+    for rank in (0, 1, 3):
+        assert re.search(
+            rf"^rank {rank}: rank \d \(group (pp|ep)\) (did not answer|is gone: .*) in {where}", messages[rank]
+        )
+        assert "rank 2 (" in messages[rank] or "The first to fail: rank 2." in messages[rank], messages[rank]
+    assert any(re.search(rf"rank 2 \(group (pp|ep)\) {sign} in {where}", messages[rank]) for rank in (0, 3))
 
 
 Start = Callable[..., "subprocess.Popen[str]"]
