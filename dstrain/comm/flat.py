@@ -30,6 +30,7 @@ from dstrain.comm.collectives import Peers
 from dstrain.comm.lane import Flight, Lane, Stage
 from dstrain.comm.mailbox import Exchange, Mailbox, Pool, make_mailbox
 from dstrain.comm.trace import Trace, Transfer
+from dstrain.mesh.topology import Link
 
 # Buffers between departure and arrival: while one is on the wire, the next one is packed. Each takes about twice its
 # size in the wire dtype.
@@ -90,6 +91,19 @@ def _in_turn(stages: Sequence[Stage]) -> Stage:
         return value
 
     return run
+
+
+def sent_bytes(peers: Peers, num_bytes: int) -> dict[Link, int]:
+    """What this rank sends over each kind of link when a buffer of so many bytes on the wire is summed, or gathered."""
+    share, index, ranks = num_bytes // peers.size, peers.index, peers.per_node
+    first = index - index % ranks
+    found = {Link.NODE: 0, Link.NETWORK: 0}
+    hops = ((range(first, first + ranks), peers.size // ranks), (range(index % ranks, peers.size, ranks), 1))
+    for members, shares in hops:
+        for member in members:
+            if member != index:
+                found[peers.link(member)] += shares * share
+    return found
 
 
 class _Work(ABC):

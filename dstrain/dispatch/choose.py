@@ -98,7 +98,10 @@ class Links:
 
 
 def choose(config: Config, groups: Groups) -> Choice:
-    """Called by all ranks, who come to the same choice. ConfigError where the transport that is named can't work."""
+    """Called by all ranks, who come to the same choice. ConfigError where the transport that is named can't work.
+
+    On the meta device, where nothing can be measured, bytes decide unless the hardware file says all speeds.
+    """
     kind, compute_dtype = config.dispatch.kind, config.precision.compute_dtype
     wire = compute_dtype if config.dispatch.wire == "auto" else config.dispatch.wire
     if groups.ep is None:
@@ -111,8 +114,15 @@ def choose(config: Config, groups: Groups) -> Choice:
     limit = node_limit.describe(task.router, task.node_sizes)
     if kind != "auto":
         return Choice(kind, wire, f"{kind}: asked for; {task.layout}", limit)
-    kind, reason = decide(task, find_speeds(config.hardware, groups) if task.is_grid else None)
+    links = find_speeds(config.hardware, groups) if task.is_grid and _can_know(config.hardware, groups) else None
+    kind, reason = decide(task, links)
     return Choice(kind, wire, reason, limit)
+
+
+def _can_know(hardware: HardwareConfig, groups: Groups) -> bool:
+    """Whether the speeds of all links are given or can be measured."""
+    given = hardware.intra_node_gbytes_per_s and hardware.inter_node_gbytes_per_s
+    return bool(given) or groups.place.device.type != "meta"
 
 
 def find_speeds(hardware: HardwareConfig, groups: Groups) -> Links:

@@ -169,6 +169,16 @@ def _runs(logicals: list[LogicalParameter], limit_elements: int) -> Iterator[lis
         yield run
 
 
+def make_buckets(model: Transformer, config: Config, groups: Groups) -> list[Bucket]:
+    """All parameters of the model, in the order in which their buckets leave."""
+    buckets, precision = [], config.precision
+    moments_dtype = getattr(torch, precision.moments_dtype)
+    for run in _pack(logical_parameters(model), config.engine.bucket_mib * 2**20 // 4):
+        dtype = torch.float32 if run[0].keeps_fp32 else getattr(torch, precision.compute_dtype)
+        buckets.append(make_bucket(run, holders(run[0], groups), dtype, moments_dtype))
+    return buckets
+
+
 def _wait_for(buckets: list[Bucket], module: nn.Module, args: Any) -> None:
     for bucket in buckets:
         bucket.ready()
@@ -188,12 +198,7 @@ class ShardedEngine:
 
     def __post_init__(self) -> None:
         self._flat = FlatCollectives(self.groups.trace)
-        precision = self.config.precision
-        moments_dtype = getattr(torch, precision.moments_dtype)
-        for run in _pack(logical_parameters(self.model), self.config.engine.bucket_mib * 2**20 // 4):
-            peers = holders(run[0], self.groups)
-            dtype = torch.float32 if run[0].keeps_fp32 else getattr(torch, precision.compute_dtype)
-            self.buckets.append(make_bucket(run, peers, dtype, moments_dtype))
+        self.buckets += make_buckets(self.model, self.config, self.groups)
         for bucket in self.buckets:
             for slot in bucket.slots:
                 slot.logical.parameter.register_post_accumulate_grad_hook(partial(self._arrived, bucket, slot))

@@ -25,6 +25,9 @@ from dstrain.schedule.pipelines.choose import layout
 # connections, and is noticed at once all the same.
 BACKGROUND_TIMEOUT = timedelta(hours=24)
 
+# By device. On meta a rank has shapes and no values: no other process is needed, and nothing travels.
+BACKENDS = {"cuda": "nccl", "cpu": "gloo", "meta": "fake"}
+
 
 @dataclass(frozen=True)
 class Place:
@@ -101,7 +104,8 @@ def connect(mesh: Mesh, place: Place, timeout_s: float = 600.0, ranks_per_node: 
     """Joins the other processes and builds all groups; `mesh.world` equals `place.world`.
 
     A peer that dies or stalls ends a collective of the step with an error after `timeout_s` seconds at the latest.
-    `ranks_per_node` takes runs of that many ranks for nodes instead of asking who shares a machine.
+    `ranks_per_node` takes runs of that many ranks for nodes instead of asking who shares a machine. On the meta device,
+    where there is nobody to ask, it must be given; one process then has its place in a world of any size.
     """
     trace, coordinate = Trace(place.device), mesh.coordinate(place.rank)
     if place.device.type == "cpu":
@@ -109,11 +113,10 @@ def connect(mesh: Mesh, place: Place, timeout_s: float = 600.0, ranks_per_node: 
     if place.world == 1:
         return Groups(mesh, place, coordinate, trace, Topology((0,)))
     timeout = timedelta(seconds=timeout_s)
-    backend = "nccl" if place.device.type == "cuda" else "gloo"
+    backend = BACKENDS[place.device.type]
     if not dist.is_initialized():
-        device_id = place.device if backend == "nccl" else None
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
-    background = dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT)
+        _init(backend, place, timeout)
+    background = dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT) if backend != "fake" else None
     topology = _discover(place, background, ranks_per_node)
     joiner = _Joiner(place, topology, trace, backend, timeout)
     nodes, node = joiner.inside(mesh.ep_groups())
@@ -145,13 +148,21 @@ def connect(mesh: Mesh, place: Place, timeout_s: float = 600.0, ranks_per_node: 
     )
 
 
+def _init(backend: str, place: Place, timeout: timedelta) -> None:
+    if backend == "fake":
+        dist.init_process_group(backend, rank=place.rank, world_size=place.world)
+    else:
+        device_id = place.device if backend == "nccl" else None
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+
+
 def node_name() -> str:
     """Equal for processes that reach each other without a network: one machine, and one network namespace of it."""
     boot, network = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
     return f"{socket.gethostname()} {boot.read_text().strip()} {network.stat().st_ino}"
 
 
-def _discover(place: Place, background: dist.ProcessGroup, ranks_per_node: int | None) -> Topology:
+def _discover(place: Place, background: dist.ProcessGroup | None, ranks_per_node: int | None) -> Topology:
     if ranks_per_node is not None:
         return Topology(tuple(rank // ranks_per_node for rank in range(place.world)))
     names = [""] * place.world

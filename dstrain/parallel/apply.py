@@ -11,6 +11,7 @@ from torch import nn
 from dstrain.comm.collectives import Peers
 from dstrain.config.schema import Config
 from dstrain.dispatch.choose import make_dispatcher
+from dstrain.dispatch.contract import Dispatcher
 from dstrain.mesh.groups import Groups
 from dstrain.model.init import init_weights
 from dstrain.model.moe import Experts
@@ -60,16 +61,20 @@ def holders(parameter: LogicalParameter, groups: Groups) -> Peers | None:
     return groups.embedding if parameter.at_both_ends and groups.embedding else groups.data
 
 
-def build_model(config: Config, groups: Groups) -> Transformer:
-    """This rank's stages of the model, in FP32 on its device; the initial weights depend on train.seed only."""
+def build_model(config: Config, groups: Groups, dispatcher: Dispatcher | None = None) -> Transformer:
+    """This rank's stages of the model, in FP32 on its device; the initial weights depend on train.seed only.
+
+    `dispatcher`: instead of the one that the config names. On the meta device there are no weights.
+    """
     held = groups.mesh.local_experts(config.model.num_experts, groups.coordinate.ep)
-    dispatcher = make_dispatcher(config, groups)
+    dispatcher = dispatcher or make_dispatcher(config, groups)
     pipeline = groups.mesh.stages
     stages, own = split(config, pipeline.num_stages), pipeline.held[groups.coordinate.pp]
     with torch.device("meta"):
         model = Transformer(config.model, held, dispatcher, stages, own)
     model = model.to_empty(device=groups.place.device)
-    init_weights(model, config.train.seed)
+    if groups.place.device.type != "meta":
+        init_weights(model, config.train.seed)
     for module in model.modules():
         if isinstance(module, Experts):
             module.chunk_rows = chunk_rows(config)
