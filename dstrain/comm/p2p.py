@@ -32,9 +32,6 @@ class Way:
     index: int
     tag: int
 
-    def __hash__(self) -> int:
-        return hash((self.peers.name, self.index, self.tag))
-
     def start(self, x: Tensor, transfer: Transfer, *, outbound: bool) -> dist.Work:
         """Sends `x`, or receives into it. Raises PeerError."""
         operation, other = dist.isend if outbound else dist.irecv, self.peers.rank(self.index)
