@@ -24,6 +24,7 @@ from dstrain.comm.failure import blaming, unless_broken
 from dstrain.config import load
 from dstrain.config.schema import Config
 from dstrain.data.loader import Loader
+from dstrain.data.tokenizer import embedding_rows
 from dstrain.dispatch.choose import Choice, choose
 from dstrain.engine.choose import make_engine
 from dstrain.engine.loop import StepReport, Trainer, rest_of_run
@@ -122,8 +123,7 @@ def with_vocabulary(config: AnyConfig, loader: Loader) -> AnyConfig:
     """model.vocab_size=None becomes the tokenizer's, rounded up to a multiple of 64."""
     if config.model.vocab_size is not None:
         return config
-    rounded = -(-loader.tokenizer.vocab_size // 64) * 64
-    return replace(config, model=replace(config.model, vocab_size=rounded))
+    return replace(config, model=replace(config.model, vocab_size=embedding_rows(loader.tokenizer)))
 
 
 def _no_batches(first: int, count: int) -> Tensor:
@@ -307,6 +307,9 @@ def headline(config: Config, groups: Groups, trainer: Trainer, loader: Loader, c
     device = torch.cuda.get_device_name() if groups.place.device.type == "cuda" else "CPU"
     travel = f"\ndispatch {choice.reason}; rows out in {choice.wire}" if groups.ep else ""
     travel += f"\n{choice.limit}" if choice.limit else ""
+    if mesh.pp > 1:
+        layers = ", ".join(str(len(stage.layers)) for stage in trainer.model.stages)
+        travel += f"\npipeline {config.schedule.pipeline}: stages of {layers} layers"
     return (
         f"{start}: {total / 1e6:,.1f}M parameters on {mesh.world} x {device} "
         f"(pp {mesh.pp}, dp {mesh.dp}, ep {mesh.ep}), engine {config.engine.name}, {config.precision.compute_dtype}\n"
