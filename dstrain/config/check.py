@@ -11,6 +11,7 @@ from typing import Any
 
 from dstrain.config.bench import CommRoot, check_comm, check_fabric
 from dstrain.config.commands import (
+    DryrunRoot,
     ExportRoot,
     GenerateRoot,
     ImportRoot,
@@ -234,6 +235,21 @@ def check_verify(config: VerifyRoot) -> None:
         at_least(config, 1, "verify.ranks_per_node")
 
 
+def check_dryrun(config: DryrunRoot) -> None:
+    check_mesh(config, None)
+    unit, ranks = config.mesh.pp * config.mesh.ep * (config.mesh.dp or 1), config.ranks
+    if ranks is not None:
+        name = "mesh.pp*mesh.ep" if config.mesh.dp is None else "mesh.pp*mesh.ep*mesh.dp"
+        fits = ranks > 0 and (ranks % unit == 0 if config.mesh.dp is None else ranks == unit)
+        rule = f"it must be {'a multiple of ' if config.mesh.dp is None else ''}{name}={unit}"
+        need(fits, ("ranks", ranks), rule, f"Set ranks={unit}, or change the mesh.")
+    check(config, ranks)
+    name, kind = config.engine.name, config.dispatch.kind
+    need(name == "torch", ("engine.name", name), "only the shares of engine=torch are known", "Set engine=torch.")
+    cure = "Set dispatch=auto: the hierarchical transport takes the same way."
+    need(kind != "deepep", ("dispatch.kind", kind), "the bytes of its kernels are not known", cure)
+
+
 def check_generate(config: GenerateRoot) -> None:
     need_text(config, "run.dir", "the run whose model speaks")
     at_least(config, 1, "max_tokens")
@@ -292,6 +308,7 @@ def check_split(config: SplitRoot) -> None:
 # By command; `train` takes the world size as well.
 CHECKS: dict[str, Callable[[Any], None]] = {
     "verify": check_verify,
+    "dryrun": check_dryrun,
     "generate": check_generate,
     "export": check_export,
     "import": check_import,

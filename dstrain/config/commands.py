@@ -50,6 +50,16 @@ class SplitRoot(Config):
 
 
 @dataclass(frozen=True)
+class DryrunRoot(Config):
+    """`dstrain dryrun`: what every pipeline rank of a layout holds, computes and sends, without running it."""
+
+    # Processes of the run; None: mesh.pp * mesh.ep * mesh.dp, where a dp of null counts as 1.
+    ranks: int | None = None
+    # A JSON file with all figures; "": none is written.
+    out: str = ""
+
+
+@dataclass(frozen=True)
 class GenerateRoot:
     """`dstrain generate`."""
 

@@ -41,6 +41,7 @@ from dstrain.errors import ConfigError, UserError
 SCHEMAS: dict[str, type] = {
     "train": Config,
     "verify": commands.VerifyRoot,
+    "dryrun": commands.DryrunRoot,
     "generate": commands.GenerateRoot,
     "export": commands.ExportRoot,
     "import": commands.ImportRoot,
