@@ -185,6 +185,8 @@ def complete(line: str) -> None:
     command, _ = split(whole)
     if command in COMMANDS and command != "completion":
         _, rest = split(words)
+        typed = len(rest) if line.endswith(" ") else len(rest) - 1
+        rest = keyed(command, rest[:typed]) + rest[typed:]
         # Hydra expects the overrides right after the name of the program.
         os.environ["COMP_LINE"] = " ".join(["dstrain", *rest]) + (" " if line.endswith(" ") else "")
         run(command, ["-sc", "query=bash"])

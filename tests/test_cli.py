@@ -88,7 +88,7 @@ def test_help_of_the_other_commands(line, command: str):
     status, out, _ = line(*command.split(), "-h")
     assert status == 0
     # Only configs of training and suites of benches are composed of groups.
-    assert ("Groups" in out) == (command in ("verify", "bench comm", "bench fabric"))
+    assert ("Groups" in out) == (command in ("verify", "bench comm", "bench fabric", "schedule show", "schedule split"))
     assert out.startswith(f"dstrain {command} ")
 
 
@@ -152,7 +152,7 @@ def test_a_bug_keeps_its_traceback(line, monkeypatch):
 
 
 COMPLETED = [
-    ("dstrain ", {"train", "verify", "generate", "export", "import", "tokenize", "bench", "completion"}),
+    ("dstrain ", {"train", "verify", "generate", "export", "import", "tokenize", "schedule", "bench", "completion"}),
     ("dstrain tr", {"train"}),
     ("dstrain bench ", {"comm", "fabric"}),
     ("dstrain bench fabric route_", {"route_nodes=", "route_skew="}),
@@ -162,6 +162,8 @@ COMPLETED = [
     ("dstrain train +experiment=h", {"+experiment=h100_4x8"}),
     ("dstrain train +experiment=tiny_cpu mesh.", {"mesh.dp=", "mesh.ep=", "mesh.pp=", "mesh.timeout_s="}),
     ("dstrain verify verify.st", {"verify.steps="}),
+    ("dstrain schedule show micro", {"micro_batches="}),
+    ("dstrain schedule show dualpipev micro", {"micro_batches="}),
 ]
 
 

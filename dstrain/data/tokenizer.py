@@ -129,6 +129,11 @@ def load_tokenizer(spec: str) -> Tokenizer:
     return ByteTokenizer() if spec == "bytes" else JsonTokenizer(Path(spec))
 
 
+def embedding_rows(tokenizer: Tokenizer) -> int:
+    """Of a model for this tokenizer: its tokens, rounded up to a multiple of 64, which kernels like."""
+    return -(-tokenizer.vocab_size // 64) * 64
+
+
 class StreamDecoder:
     """Text of tokens that come one by one, never with half a character.
 
