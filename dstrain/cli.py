@@ -20,6 +20,7 @@ from dstrain.errors import PeerError, SharedError, UserError
 COMMANDS = {
     "train": ("pretrain", "train a model, from one process to many (under torchrun)"),
     "verify": ("verify", "prove that a parallel layout computes what one process computes"),
+    "dryrun": ("dryrun", "build every stage of a layout without memory: shapes, parameters, operations, bytes"),
     "generate": ("generate", "continue a prompt with a trained model"),
     "export": ("export", "write a checkpoint as a Hugging Face model directory"),
     "import": ("import_", "start a run from a Hugging Face DeepSeek-V2/V3 directory"),

@@ -246,8 +246,8 @@ def check_dryrun(config: DryrunRoot) -> None:
     check(config, ranks)
     name, kind = config.engine.name, config.dispatch.kind
     need(name == "torch", ("engine.name", name), "only the shares of engine=torch are known", "Set engine=torch.")
-    cure = "Set dispatch=auto: the hierarchical transport takes the same way."
-    need(kind != "deepep", ("dispatch.kind", kind), "the bytes of its kernels are not known", cure)
+    field = ("dispatch.kind", kind)
+    need(kind != "deepep", field, "the bytes that its kernels send are not known", "Set dispatch=auto.")
 
 
 def check_generate(config: GenerateRoot) -> None:

@@ -1,8 +1,8 @@
 """One rank of a layout without its memory and without the others: what it holds, what it computes, what it sends.
 
 The rank is built by the code that trains, on torch's meta device, where tensors have shapes and no values, with its
-real process groups in a world that needs no other process. One micro-batch goes forward and backward through each of its
-stages, phase by phase, under the runtime of every training run (schedule/run.py). Taken as given is only what other
+real process groups in a world that needs no other process. One micro-batch goes forward and backward through each of
+its stages, phase by phase, under the runtime of every training run (schedule/run.py). Taken as given is only what other
 ranks would send: equally many rows for every expert, and what comes from the next stages in the shape of our own.
 
 What is sent in a step is what the micro-batch sends, times those of the step, and the buckets of the engine.
