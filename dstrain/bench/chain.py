@@ -91,30 +91,36 @@ class Stop:
 
 @dataclass(frozen=True)
 class End:
-    """After the last stretch. The loss is half the square of the output, as for the peers."""
+    """After the last stretch. The loss is half the square of the model's output, as for the peers; `output` is what the
+    next stage starts from."""
 
     roots: Sequence[Tensor]
-    result: Tensor
+    result: Tensor | None = None
     output: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Blocks with stretches between them; `routes[block][micro_batch]`."""
+    """Blocks with stretches between them, all or those of a stage in place; `routes[block][micro_batch]`."""
 
     layers: Sequence[Layer]
     routes: Sequence[Sequence[Route]]
 
-    def walk(self, x_TD: Tensor, micro_batch: int) -> PhasedWalk[Tensor]:
-        for block, layer in enumerate(self.layers):
+    def walk(self, x_TD: Tensor, micro_batch: int, stage: range | None = None) -> PhasedWalk[Tensor | None]:
+        """`stage`: its blocks. The stretch before a block is in the block's stage."""
+        stage = stage or range(len(self.layers))
+        for block in stage:
+            layer = self.layers[block]
             x_TD = layer.compute.attend(x_TD, block)
             route = self.routes[block][micro_batch]
             # A leaf: the weights' gradient travels home as it does from a router.
             route = Route(route.experts_TK, route.weights_TK.clone().requires_grad_())
             x_TD = yield Stop(layer, Attended(x_TD, x_TD, route, NO_REPORT))
+        if stage.stop < len(self.layers):
+            return End([], output=x_TD)
         y_TD = self.layers[-1].compute.attend(x_TD, len(self.layers))
         return End([y_TD.float().square().sum() / 2], y_TD.detach())
 
-    def step(self, table: Table, inputs: Sequence[Tensor], trace: Trace) -> list[Tensor]:
+    def step(self, table: Table, inputs: Sequence[Tensor], trace: Trace) -> list[Tensor | None]:
         """Forward and backward pass of all micro-batches in the order of the table; their outputs."""
         return run(table, [partial(self.walk, x_TD, number) for number, x_TD in enumerate(inputs)], trace)

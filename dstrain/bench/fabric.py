@@ -6,16 +6,18 @@ longer than it should, the machine was too busy or the step too small for it, an
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from dstrain.bench import theory
 from dstrain.bench.case import Case
 from dstrain.bench.launch import Launch
-from dstrain.bench.messages import Prepare, Run, StepFigures, Timing
+from dstrain.bench.messages import Prepare, Record, Run, StepFigures, Timing
+from dstrain.bench.played import Played, played
 from dstrain.bench.testbed import Counters, Fabric, Testbed
 from dstrain.bench.workload import PASSES, Workload
 from dstrain.config.bench import FabricRoot
+from dstrain.mesh.axes import Mesh
 from dstrain.plan.traffic import Way
 from dstrain.schedule.choose import typical
 from dstrain.schedule.order import fixed, planned
@@ -57,6 +59,8 @@ class CaseFigures:
     line_bytes: float
     sent_bytes: float | None
     theory_bytes: int | None
+    # Where there is a pipeline.
+    played: Played | None = None
 
     @property
     def over_bound(self) -> float:
@@ -70,6 +74,11 @@ class CaseFigures:
     def over_theory(self) -> float | None:
         """Bytes sent over bytes demanded."""
         return None if self.sent_bytes is None or not self.theory_bytes else self.sent_bytes / self.theory_bytes
+
+    @property
+    def over_simulated(self) -> float | None:
+        """Step over the makespan of its own table, played with measured times."""
+        return self.step_ms / self.played.simulated_ms if self.played and self.played.simulated_ms else None
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,8 @@ def measure(config: FabricRoot, cases: Sequence[Case], left_out: dict[str, str],
     flat_ms = theory.line_ms(theory.traffic(work, FLAT).busiest(*Way), config.rate_mbit, config.mtu)
     nominal_ms = flat_ms / config.flat_ratio if config.compute == "emulated" else 0.0
     samples: dict[Case | None, _Samples] = {case: _Samples() for case in [None, *cases]}
-    with Testbed(fabric) as testbed, Launch(testbed, config.ranks_per_node, config.timeout_s) as launch:
+    accounts: dict[Case, Played] = {}
+    with Testbed(fabric) as testbed, Launch(testbed, config.ranks_per_node, config.timeout_s, config.pp) as launch:
         say("building")
         forward_ms = _prepare(launch, config, work, nominal_ms)
         tables = {case: tuple(_table(case, config, work, forward_ms, launch)) for case in samples}
@@ -116,16 +126,22 @@ def measure(config: FabricRoot, cases: Sequence[Case], left_out: dict[str, str],
             for case, kept in samples.items():
                 say(f"round {number + 1} of {config.rounds}: {case.name if case else 'compute alone'}")
                 _sample(testbed, launch, Run(case, tables[case], config.steps), kept)
+        for case in (case for case in cases if case.pipeline):
+            say(f"times of phases: {case.name}")
+            accounts[case] = _played(case, config, work, launch)
     compute_ms = median(_slowest(samples[None].steps))
     slept_ms = median(rank.compute_ms for step in samples[None].steps for rank in step)
     least_ms = nominal_ms or compute_ms
-    figures = [_figures(case, samples[case], config, least_ms, compute_ms, work) for case in cases]
+    figures = [
+        replace(_figures(case, samples[case], config, least_ms, compute_ms, work), played=accounts.get(case))
+        for case in cases
+    ]
     return PointFigures(config, nominal_ms, compute_ms, slept_ms, flat_ms, figures, left_out)
 
 
 def _prepare(launch: Launch, config: FabricRoot, work: Workload, nominal_ms: float) -> float:
     """The forward pass of a block and micro-batch, as orders are planned for it: real compute is measured first."""
-    each = PASSES * work.blocks * work.micro_batches
+    each = PASSES * work.blocks // config.pp * work.micro_batches
     if config.compute != "real":
         launch.request(Prepare(work, nominal_ms / each))
         return nominal_ms / each
@@ -135,9 +151,10 @@ def _prepare(launch: Launch, config: FabricRoot, work: Workload, nominal_ms: flo
 
 
 def workload(config: FabricRoot) -> Workload:
+    """Of an expert-parallel group; those of a pipeline's other ranks are like it."""
     return Workload(
         config.nodes,
-        config.ranks_per_node,
+        config.ranks_per_node // config.pp,
         config.hidden_size,
         config.num_experts,
         config.experts_per_token,
@@ -151,8 +168,13 @@ def workload(config: FabricRoot) -> Workload:
 
 
 def _table(case: Case | None, config: FabricRoot, work: Workload, forward_ms: float, launch: Launch) -> Table:
+    if case is None:
+        return sequential(work.blocks // config.pp, work.micro_batches)
     plain = sequential(work.blocks, work.micro_batches)
-    if case is None or case.in_flight == 0:
+    if case.in_flight is None or case.pipeline:
+        # Its ranks make their own.
+        return ()
+    if case.in_flight == 0:
         return plain
     if config.order == "fixed":
         return fixed(work.blocks, work.micro_batches, case.in_flight)
@@ -161,6 +183,13 @@ def _table(case: Case | None, config: FabricRoot, work: Workload, forward_ms: fl
     else:
         costs = theory.costs(work, case, forward_ms, launch.testbed.fabric)
     return planned(work.blocks, work.micro_batches, case.in_flight, costs)
+
+
+def _played(case: Case, config: FabricRoot, work: Workload, launch: Launch) -> Played:
+    mesh = Mesh(pp=config.pp, ep=work.ranks)
+    line = theory.costs(work, case, 0.0, launch.testbed.fabric)
+    alone, usual = (launch.request(Record(case, alone)) for alone in (True, False))
+    return played(case, mesh, work, line, alone, usual)
 
 
 def _sample(testbed: Testbed, launch: Launch, request: Run, kept: _Samples) -> None:

@@ -15,16 +15,20 @@ from typing import Any
 from dstrain.bench.messages import Failure
 from dstrain.bench.testbed import Testbed
 from dstrain.errors import UserError
+from dstrain.mesh.axes import Mesh
 
 PORT = 29500
 LOG_LINES = 20
 
 
 class Launch:
-    """A context. `request` asks all ranks the same, and returns their answers in the order of ranks."""
+    """A context. `request` asks all ranks the same, and returns their answers in the order of ranks.
 
-    def __init__(self, testbed: Testbed, ranks_per_node: int, timeout_s: float):
-        self.testbed, self.ranks_per_node, self.timeout_s = testbed, ranks_per_node, timeout_s
+    `pp`: ranks of a pipeline, all of them on one node, so that an expert-parallel group is spread over all nodes.
+    """
+
+    def __init__(self, testbed: Testbed, ranks_per_node: int, timeout_s: float, pp: int = 1):
+        self.testbed, self.ranks_per_node, self.timeout_s, self.pp = testbed, ranks_per_node, timeout_s, pp
         self.world = testbed.fabric.nodes * ranks_per_node
         self.pipes: list[Connection] = []
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -63,8 +67,10 @@ class Launch:
         place = {"RANK": rank, "LOCAL_RANK": rank % self.ranks_per_node, "WORLD_SIZE": self.world, "MASTER_PORT": PORT}
         env = {name: str(value) for name, value in place.items()} | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _path()}
         with theirs:
-            command = [sys.executable, "-m", "dstrain.bench.worker", str(theirs.fileno()), str(self.timeout_s)]
-            node = rank // self.ranks_per_node
+            numbers = map(str, (theirs.fileno(), self.timeout_s, self.pp))
+            command = [sys.executable, "-m", "dstrain.bench.worker", *numbers]
+            ep_index = Mesh(pp=self.pp, ep=self.world // self.pp).coordinate(rank).ep
+            node = ep_index // (self.ranks_per_node // self.pp)
             process = self.testbed.start(node, command, env, pass_fds=[theirs.fileno()], stdout=log, stderr=log)
         self.processes.append(process)
 

@@ -34,6 +34,15 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Record:
+    """A step of a pipeline's case, to be answered with its account, spans and all; `alone`: in the order in which one
+    micro-batch at a time is under way."""
+
+    case: Case
+    alone: bool
+
+
+@dataclass(frozen=True)
 class Failure:
     """A worker's last message."""
 

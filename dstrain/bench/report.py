@@ -15,8 +15,11 @@ from rich.table import Table
 from dstrain.bench.case import PEERS, Case
 from dstrain.bench.fabric import CaseFigures, PointFigures
 from dstrain.bench.peers.contract import Facts
+from dstrain.bench.played import Played
 
 BASELINE = Case("alltoall").name
+# Pipelines whose passes don't hide each other's transfers: compute stands still, or goes on with its own pass.
+PIPELINE_BASELINES = ("1f1b+block", "1f1b")
 # How far bytes may be from theory.
 MOST_BYTES_OFF = 0.01
 
@@ -52,7 +55,7 @@ class Report:
             point["is_void"] = figures.is_void
             for case, own in zip(point["cases"], figures.cases, strict=True):
                 case |= {"over_bound": own.over_bound, "over_theory": own.over_theory}
-                case["exposed_share"] = own.exposed_share
+                case |= {"exposed_share": own.exposed_share, "over_simulated": own.over_simulated}
                 case["times_as_fast_as"] = speedups(own, figures)
         return json.dumps(content, indent=2) + "\n"
 
@@ -71,9 +74,13 @@ def about_peers(report: Report) -> list[str]:
 
 
 def speedups(case: CaseFigures, point: PointFigures) -> dict[str, float]:
-    """How many times as fast as the own blocking baseline and the peers."""
-    others = {other.name: other.step_ms for other in point.cases if other.name in (BASELINE, *PEERS)}
+    """How many times as fast as the own baselines and the peers."""
+    others = {other.name: other.step_ms for other in point.cases if _is_baseline(other.name)}
     return {name: step_ms / case.step_ms for name, step_ms in others.items() if name != case.name}
+
+
+def _is_baseline(name: str) -> bool:
+    return name in (BASELINE, *PEERS) or name.rpartition("/")[2] in PIPELINE_BASELINES
 
 
 def title(point: PointFigures) -> str:
@@ -85,6 +92,7 @@ def title(point: PointFigures) -> str:
         f"burst {config.burst_kib} KiB",
         f"MTU {config.mtu}" if config.mtu != 1500 else "",
         f"{config.loopback_mbit:g} Mbit inside" if config.loopback_mbit else "",
+        f"pipelines of {config.pp} ranks inside nodes, experts spread over all nodes" if config.pp > 1 else "",
     ]
     return ", ".join(filter(None, parts))
 
@@ -121,6 +129,8 @@ def show(point: PointFigures, machine: Machine, console: Console) -> None:
     for line in (about_routes(point), about_compute(point), load):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(_table(point))
+    if point.config.pp > 1:
+        console.print("", _pipeline_table(point), sep="\n")
     if len(point.cases) > 1 and any(speedups(case, point) for case in point.cases):
         console.print("", _speedup_table(point), sep="\n")
     for name, reason in point.left_out.items():
@@ -169,12 +179,30 @@ def _cells(case: CaseFigures) -> list[str]:
 
 
 def _speedup_table(point: PointFigures) -> Table:
-    rivals = [case.name for case in point.cases if case.name in (BASELINE, *PEERS)]
+    rivals = [case.name for case in point.cases if _is_baseline(case.name)]
     rows = []
     for case in point.cases:
         ratios = speedups(case, point)
         rows.append([case.name, *(_number(ratios.get(name), 2) for name in rivals)])
     return _aligned(["times as fast as", *rivals], rows)
+
+
+def _pipeline_table(point: PointFigures) -> Table:
+    """Steps against their own tables, played with measured times."""
+    rows = []
+    for case in point.cases:
+        if case.played is not None:
+            own = case.played
+            lives = [", ".join(map(str, peaks)) for peaks in (own.peak_live, own.table_peak_live)]
+            times = [_number(ms, digits) for ms, digits in _times(own)]
+            log = "equals table" if own.as_table else "differs from table"
+            rows.append([case.name, *times, _number(case.over_simulated, 3), log, *lives])
+    heads = ["pipeline", "simulated ms", "phases ms", "latency ms", "message ms", "step/simulated", "executed log"]
+    return _aligned([*heads, "peak live", "of table"], rows)
+
+
+def _times(own: Played) -> list[tuple[float | None, int]]:
+    return [(own.simulated_ms, 0), (own.phases_ms, 0), (own.latency_ms, 1), (own.message_ms, 1)]
 
 
 def _aligned(heads: list[str], rows: list[list[str]]) -> Table:

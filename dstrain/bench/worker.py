@@ -20,12 +20,14 @@ from torch import Tensor
 from dstrain.bench.case import Case
 from dstrain.bench.chain import BlockingLane, Chain, Layer, Replay
 from dstrain.bench.emulate import Clock, Emulated
-from dstrain.bench.messages import Failure, Prepare, Run, StepFigures, Timing
+from dstrain.bench.messages import Failure, Prepare, Record, Run, StepFigures, Timing
 from dstrain.bench.peers.choose import PEERS
 from dstrain.bench.peers.contract import Compute, Spec
+from dstrain.bench.pipeline import Staged
 from dstrain.bench.real import DTYPE, Real, model_config
 from dstrain.bench.workload import Workload
 from dstrain.comm.collectives import Peers
+from dstrain.comm.trace import CommTotals
 from dstrain.config.schema import Config, DispatchConfig, MeshConfig
 from dstrain.dispatch.choose import make_dispatcher
 from dstrain.dispatch.contract import Dispatcher
@@ -49,7 +51,15 @@ class _Bench:
     work: Workload
     clock: Clock
     compute: Compute
+    # As much as this rank has in a pipeline, in blocks of a model of its own.
+    alone: Compute
     steps: dict[Case | None, Step] = field(default_factory=dict)
+    staged: dict[Case, Staged] = field(default_factory=dict)
+
+    def answer(self, request: Run | Timing | Record) -> object:
+        if isinstance(request, Run):
+            return self.run(request)
+        return self.time(request) if isinstance(request, Timing) else self.record(request)
 
     def run(self, request: Run) -> list[StepFigures]:
         if request.case not in self.steps:
@@ -58,14 +68,23 @@ class _Bench:
         return [self._measure(step, request.table) for _ in range(request.steps)]
 
     def time(self, request: Timing) -> Costs:
-        trace = self.groups.trace
         self.run(Run(request.case, request.table, 1))
+        step, inputs = self.steps[request.case], self._inputs()
+        return timed(self._recorded(lambda: step(request.table, inputs)), self.work.blocks)
+
+    def record(self, request: Record) -> CommTotals:
+        self.run(Run(request.case, (), 1))
+        staged, inputs = self.staged[request.case], self._inputs()
+        return self._recorded(lambda: staged.step(inputs, staged.alone if request.alone else None))
+
+    def _recorded(self, act: Callable[[], object]) -> CommTotals:
+        trace = self.groups.trace
         dist.barrier(self.groups.background)
         trace.take()
         trace.keeps_spans = True
-        self.steps[request.case](request.table, self._inputs())
+        act()
         trace.keeps_spans = False
-        return timed(trace.take(), self.work.blocks)
+        return trace.take()
 
     def _measure(self, step: Step, table: Table) -> StepFigures:
         trace, clock, inputs = self.groups.trace, self.clock, self._inputs()
@@ -79,14 +98,21 @@ class _Bench:
 
     def _build(self, case: Case | None) -> Step:
         """What runs a step."""
-        routes = self.work.routes(self.groups.place.rank)
+        routes = self.work.routes(self.groups.coordinate.ep)
         if case is not None and case.is_peer:
             work = self.work
             spec = Spec(work.hidden_size, work.num_experts, work.experts_per_token, work.tokens, routes)
             peer = PEERS[case.kind].make(spec, self.ep.group, self.compute)
             return lambda _, inputs: peer.step(inputs)
-        dispatcher = self._replay() if case is None else self._dispatcher(case)
-        chain = Chain([Layer(dispatcher, self.compute, block) for block in range(self.work.blocks)], routes)
+        if case is None:
+            own = range(self.work.blocks // self.groups.mesh.pp)
+            chain = Chain([Layer(self._replay(), self.alone, block) for block in own], routes)
+        else:
+            dispatcher = self._dispatcher(case)
+            chain = Chain([Layer(dispatcher, self.compute, block) for block in range(self.work.blocks)], routes)
+        if case is not None and case.pipeline:
+            staged = self.staged[case] = Staged(case, self.groups, self.work, chain)
+            return lambda _, inputs: staged.step(inputs)
         return lambda table, inputs: chain.step(table, inputs, self.groups.trace)
 
     def _replay(self) -> Replay:
@@ -109,34 +135,38 @@ class _Bench:
         return dispatcher
 
 
-def _compute(request: Prepare, clock: Clock) -> Compute:
+def _prepared(request: Prepare, groups: Groups, ep: Peers, clock: Clock) -> _Bench:
     work, forward_ms = request.work, request.forward_ms
-    return Real(work) if forward_ms is None else Emulated(clock, forward_ms, work.blocks)
+    if forward_ms is None:
+        real = Real(work)
+        return _Bench(groups, ep, work, clock, real, real)
+    whole, own = (Emulated(clock, forward_ms, blocks) for blocks in (work.blocks, work.blocks // groups.mesh.pp))
+    return _Bench(groups, ep, work, clock, whole, own)
 
 
-def serve(driver: Connection, timeout_s: float) -> None:
-    """Answers requests until the driver sends None."""
+def serve(driver: Connection, timeout_s: float, pp: int) -> None:
+    """Answers requests until the driver sends None. `pp`: ranks of a pipeline."""
     place = Place.from_environment()
-    groups = connect(Mesh(ep=place.world), place, timeout_s)
+    groups = connect(Mesh(pp=pp, ep=place.world // pp), place, timeout_s)
     if groups.ep is None:
         raise RuntimeError("the bench needs several ranks")
     clock, bench = Clock(), None
     driver.send(groups.topology)
     while (request := driver.recv()) is not None:
         if isinstance(request, Prepare):
-            bench = _Bench(groups, groups.ep, request.work, clock, _compute(request, clock))
+            bench = _prepared(request, groups, groups.ep, clock)
             driver.send(None)
         elif bench is not None:
-            driver.send(bench.time(request) if isinstance(request, Timing) else bench.run(request))
+            driver.send(bench.answer(request))
     dist.barrier(groups.background)
 
 
 def main() -> None:
-    """`python -m dstrain.bench.worker <file descriptor of the pipe> <time-out in seconds>`"""
+    """`python -m dstrain.bench.worker <file descriptor of the pipe> <time-out in seconds> <ranks of a pipeline>`"""
     torch.set_num_threads(1)
     driver, status = Connection(int(sys.argv[1])), 0
     try:
-        serve(driver, float(sys.argv[2]))
+        serve(driver, float(sys.argv[2]), int(sys.argv[3]))
     except BaseException:
         status = 1
         traceback.print_exc()

@@ -47,7 +47,9 @@ class FabricRoot:
 
     # What to compare: <dispatcher>/<wire>/<order> (alltoall | rank | hierarchical; bfloat16 | fp8 | fp4; block, or how
     # many micro-batches are in flight), or a peer that is installed: megatron | torchtitan | deepspeed |
-    # deepspeed_drops.
+    # deepspeed_drops. With pp above 1 the order is a pipeline's: 1f1b | interleaved | zb_1p | zb_v | dualpipe |
+    # dualpipev, with +block behind it where compute stands still during every transfer, with +overlap where the forward
+    # pass of one micro-batch runs under the backward pass of another.
     cases: tuple[str, ...] = (
         "alltoall/bfloat16/block",
         "alltoall/bfloat16/2",
@@ -57,6 +59,9 @@ class FabricRoot:
     )
     nodes: int = 2
     ranks_per_node: int = 2
+    # Ranks of a pipeline. All of one are on the same node, so that experts are spread over all nodes and their tokens
+    # cross the network.
+    pp: int = 1
     # Line rate of every network card, each way.
     rate_mbit: float = 200.0
     # What a card may send at once after a pause. Small (32) for times; at least 80 for bytes that are right to 1%.
@@ -147,13 +152,28 @@ def _check_point(config: FabricRoot) -> None:
         above_zero(config, "loopback_mbit")
     one_of(config, "compute", "emulated", "none", "real")
     one_of(config, "order", "planned", "measured", "fixed")
+    _check_pipeline(config)
     _check_experts(config)
 
 
+def _check_pipeline(config: FabricRoot) -> None:
+    at_least(config, 1, "pp")
+    rule, cure = (
+        f"nodes of {config.ranks_per_node} ranks hold whole pipelines",
+        "Set ranks_per_node to a multiple of it.",
+    )
+    need(config.ranks_per_node % config.pp == 0, ("pp", config.pp), rule, cure)
+    if config.pp > 1:
+        rule, cure = f"pp={config.pp} ranks hold up to two stages each, all alike", f"Set it to {2 * config.pp}."
+        need(config.num_blocks % (2 * config.pp) == 0, ("num_blocks", config.num_blocks), rule, cure)
+        need(config.compute != "real", ("compute", "real"), "a pipeline's is emulated", "Set compute=emulated.")
+
+
 def _check_experts(config: FabricRoot) -> None:
-    ranks, experts = config.nodes * config.ranks_per_node, config.num_experts
+    ranks, experts = config.nodes * config.ranks_per_node // config.pp, config.num_experts
     sizes = listed([ranks * factor for factor in (1, 2, 4)])
     rule = f"{config.nodes} nodes of {config.ranks_per_node} ranks hold equally many experts each"
+    rule += f" in a stage of pp={config.pp}" if config.pp > 1 else ""
     need(experts % ranks == 0, ("num_experts", experts), rule, f"Set it to {sizes} or another multiple of {ranks}.")
     if config.route_nodes is not None:
         value = ("route_nodes", config.route_nodes)

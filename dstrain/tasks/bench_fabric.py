@@ -17,7 +17,9 @@ from dstrain.bench.peers.contract import Facts
 from dstrain.bench.report import Machine, Report, about_peers, show
 from dstrain.bench.testbed import require_root
 from dstrain.config.bench import FabricRoot, points
+from dstrain.config.rules import need
 from dstrain.errors import ConfigError, UserError
+from dstrain.schedule.pipelines.choose import rule_broken
 
 PIPE_WIDTH = 150
 
@@ -27,6 +29,9 @@ def run(config: FabricRoot) -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("dstrain bench fabric starts its ranks itself: run it as one process, without torchrun.")
     cases = list(dict.fromkeys(map(parse, config.cases)))
+    for point in points(config):
+        for case in cases:
+            _check_pipeline(case, point)
     require_root()
     facts, left_out = _peers(cases)
     kept = [case for case in cases if case.kind not in left_out]
@@ -49,6 +54,19 @@ def run(config: FabricRoot) -> None:
     console.print(f"\n{folder / 'result.json'}, {folder / 'picture.svg'}", highlight=False, soft_wrap=True)
 
 
+def _check_pipeline(case: Case, point: FabricRoot) -> None:
+    name = ("cases", case.name)
+    if not case.pipeline:
+        need(
+            point.pp == 1, name, f"pp={point.pp} cuts the model into stages", "Give it a pipeline's order, or set pp=1."
+        )
+        return
+    need(point.pp > 1, name, "a pipeline has several ranks", "Set pp=2 and ranks_per_node to a multiple of it.")
+    broken = rule_broken(case.pipeline, point.pp, point.micro_batches, overlap=case.overlap)
+    if broken is not None:
+        raise ConfigError(*name, broken.rule, f"{broken.cure}.")
+
+
 def _tell(status: Status, of: str, what: str) -> None:
     status.update(f"{of}, {what}")
 
@@ -59,7 +77,7 @@ def _able(cases: list[Case], point: FabricRoot) -> tuple[list[Case], dict[str, s
     for case in cases:
         if case.kind == "hierarchical" and point.ranks_per_node == 1:
             unable[case.name] = "with one rank on each node there is no hop inside a node, and rank does the same"
-        elif case.in_flight > point.micro_batches:
+        elif (case.in_flight or 0) > point.micro_batches:
             unable[case.name] = f"a step has micro_batches={point.micro_batches}, no more can be in flight"
     return [case for case in cases if case.name not in unable], unable
 
