@@ -22,7 +22,7 @@ from dstrain.model.mtp import MtpModule
 from dstrain.model.rope import rotation
 from dstrain.model.router import Router
 from dstrain.plan.split import Stage, embeds_at_end, moe_blocks, whole
-from dstrain.precision.linear import Embedding, Linear, linear
+from dstrain.precision.linear import Embedding, Linear
 
 # A part of a walk that leaves hidden states behind.
 Stretches = Generator[Block, Tensor, Tensor]
@@ -79,7 +79,7 @@ class Transformer(nn.Module):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The head: [..., D] -> [..., V]."""
-        return linear(hidden, self.embed.weight, shared=True) if self.config.tie_embeddings else self.head(hidden)
+        return self.embed(hidden, as_head=True) if self.config.tie_embeddings else self.head(hidden)
 
     def routers(self) -> Iterator[tuple[str, Router]]:
         """The routers that are held, with their logical names, in the order of the model."""

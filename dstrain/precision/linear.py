@@ -65,9 +65,13 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding, [...] -> [..., D], whose weight may be used more than once in a micro-batch."""
+    """nn.Embedding, [...] -> [..., D], whose weight may be used more than once in a micro-batch; as the head of a model
+    that ties both [..., D] -> [..., V]."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, *, as_head: bool = False) -> Tensor:
+        # Both uses are calls of the module: hooks that wait for its weight hear of them.
+        if as_head:
+            return linear(tokens, self.weight, shared=True)
         gradients = used(self.weight, shared=True)
         weight_VD = self.weight if gradients is None else _Use.apply(self.weight, gradients)
         return F.embedding(tokens, weight_VD)
