@@ -213,7 +213,10 @@ class Trainer:
         if isinstance(self.edges, Pipe) and program.traffic is not None:
             train, dtype = self.config.train, getattr(torch, self.config.precision.compute_dtype)
             shape = (train.micro_batch, train.seq_len, self.config.model.hidden_size)
-            self.edges.begin(program.traffic, torch.empty(shape, dtype=dtype, device=self.groups.place.device))
+            # One element, seen as many: it says what is to come and takes no memory.
+            self.edges.begin(
+                program.traffic, torch.empty(1, dtype=dtype, device=self.groups.place.device).expand(shape)
+            )
         # Weight gradients are put off only where compute has something to wait for.
         defers = self.orders.blocks > 0 or program.traffic is not None
         run_stages(program.table, starts, self.orders.stages, self.edges, self.groups.trace, defer_weights=defers)

@@ -23,7 +23,7 @@ from dstrain.schedule.pipeline import check as check_pipeline
 from dstrain.schedule.pipelines.choose import make
 from dstrain.schedule.run import DIRECTIONS
 from dstrain.schedule.simulate import Costs, simulate
-from dstrain.schedule.table import Table, from_text, sequential, starts, to_text
+from dstrain.schedule.table import Table, check, check_courses, from_text, sequential, starts, to_text
 
 # Counted from the start of the process.
 TIMED_STEP = 2
@@ -61,9 +61,11 @@ class Program:
 
     @staticmethod
     def of(pipeline: Pipeline, rank: int, stages: Sequence[int], *, overlap: bool) -> "Program":
-        """That of a pp index; `stages`: MoE blocks of every stage, whose tokens travel."""
+        """That of a pp index; `stages`: MoE blocks of every stage, whose tokens travel. Raises IllegalTable."""
         courses = [course for course, where in pipeline.rank_of.items() if where == rank]
-        return Program(expand(pipeline.ranks[rank], stages, overlap=overlap), courses, Traffic.of(pipeline, rank))
+        table = expand(pipeline.ranks[rank], stages, overlap=overlap)
+        check_courses(table, {course: stages[course[0]] for course in courses})
+        return Program(table, courses, Traffic.of(pipeline, rank))
 
 
 @dataclass
@@ -111,7 +113,8 @@ class Orders:
             self.groups.trace.keeps_spans |= self._steps == TIMED_STEP
             return sequential(self.blocks, micro_batches)
         if micro_batches not in self._tables:
-            self._tables[micro_batches] = self._new(micro_batches)
+            self._tables[micro_batches] = table = self._new(micro_batches)
+            check(table, self.blocks, micro_batches)
         return self._tables[micro_batches]
 
     def after_step(self, comm: CommTotals) -> None:

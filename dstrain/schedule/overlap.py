@@ -6,8 +6,8 @@ under compute of the other. For block f of the forward and block b of the backwa
     B attend b+1 | F attend f   | B experts b   | W experts b, F shared f, F experts f | B attend b, W attend b | ...
                  | combine(B b) | dispatch(F f) | dispatch(B b)                        | combine(F f)
 
-(above compute, below the transfer that is under way meanwhile). B shared b runs before B experts b. The two stages of a pair may
-have different numbers of blocks; what one has more runs in the plain order. No torch.
+(above compute, below the transfer that is under way meanwhile). B shared b runs before B experts b. The two stages of a
+pair may have different numbers of blocks; what one has more runs in the plain order. No torch.
 """
 
 from collections.abc import Iterator, Sequence

@@ -54,14 +54,14 @@ class Traffic:
 
     @staticmethod
     def of(pipeline: Pipeline, rank: int) -> "Traffic":
-        traffic = Traffic({}, {}, defaultdict(list))
-        for source in range(len(pipeline.ranks)):
+        leaves = list(departures(pipeline, rank))
+        traffic = Traffic(dict(leaves), {}, defaultdict(list))
+        # What comes passes the same edges in the other direction, so from ranks that something leaves for.
+        for source in {target for _, target in leaves}:
             for edge, target in departures(pipeline, source):
-                if source == rank:
-                    traffic.targets[edge] = target
                 if target == rank:
                     traffic.sources[edge] = source
-                    if source != target:
+                    if source != rank:
                         traffic.coming[source, edge[0]].append(edge)
         return traffic
 

@@ -30,7 +30,7 @@ from dstrain.model.layer import Attended
 from dstrain.precision.weight_gradients import Job, WeightGradients
 from dstrain.schedule.action import Action, Pass, Phase
 from dstrain.schedule.phases import PhasedBlock, PhasedLayer, PhasedWalk, Result, WalkEnd
-from dstrain.schedule.table import Table, check_courses
+from dstrain.schedule.table import Table, check
 
 DIRECTIONS = {Pass.FORWARD: "forward", Pass.BACKWARD: "backward", Pass.WEIGHT: "weight"}
 
@@ -68,9 +68,10 @@ def run(
     """Forward and backward over the micro-batches; what each walk returned, in their order.
 
     `walks[m]()` begins micro-batch m: `partial(model.walk, tokens, ...)`, or any generator as in schedule/phases.py.
-    The rest is as in `run_stages`.
+    IllegalTable if an action is missing or out of place, before any is run. The rest is as in `run_stages`.
     """
     blocks = max(action.block for action in table)
+    check(table, blocks, len(walks))
     starts: dict[tuple[int, int], Start[Result]] = {(0, m): partial(_whole, walk) for m, walk in enumerate(walks)}
     return list(run_stages(table, starts, (blocks,), NoEdges(), trace, defer_weights=defer_weights).values())
 
@@ -90,13 +91,12 @@ def run_stages(
 ) -> dict[tuple[int, int], Result]:
     """Forward and backward over this rank's courses; what each walk returned, by (stage, micro-batch).
 
-    `starts`: how each course begins; `blocks`: MoE blocks of every stage of the model. Without `defer_weights`, weight
-    gradients are computed in their places and the WEIGHT actions do nothing: better where nothing travels, since inputs
-    and gradients need not be kept. Every parameter gets one gradient per course that uses it, in the order of the
-    micro-batches. IllegalTable if an action is missing or out of place, before any is run; ValueError if the table is
-    that of another model.
+    `table` has passed `check_courses`: once is enough, however often it runs. `starts`: how each course begins;
+    `blocks`: MoE blocks of every stage of the model. Without `defer_weights`, weight gradients are computed in their
+    places and the WEIGHT actions do nothing: better where nothing travels, since inputs and gradients need not be kept.
+    Every parameter gets one gradient per course that uses it, in the order of the micro-batches. ValueError if the
+    table is that of another model.
     """
-    check_courses(table, {(stage, micro_batch): blocks[stage] for stage, micro_batch in starts})
     courses = {
         course: _Course(start, *course, blocks[course[0]], edges, defer_weights, trace)
         for course, start in starts.items()
@@ -211,7 +211,9 @@ class _Course(Generic[Result]):
                 self._pieces[place] = self._forward(*place)
         elif action.work is Pass.BACKWARD:
             if place == (Phase.ATTEND, self.blocks) and self._output is not None:
-                self._output.grad = self.edges.take(Pass.BACKWARD, self.stage, self.micro_batch)
+                # The piece holds it as long as it is needed.
+                output, self._output = self._output, None
+                output.grad = self.edges.take(Pass.BACKWARD, self.stage, self.micro_batch)
             self._backward(action.phase, self._pieces[place] if self.defer_weights else self._pieces.pop(place))
             if place == (Phase.ATTEND, 0):
                 self._gradients.check_complete()
@@ -269,7 +271,7 @@ class _Course(Generic[Result]):
         if self._input.grad is None:
             raise RuntimeError(f"stage {self.stage} has left no gradient of its input")
         self.edges.send(Pass.BACKWARD, self.stage - 1, self.micro_batch, self._input.grad)
-        self._input = self._output = None
+        self._input = None
 
     @staticmethod
     def _joined(passage: _Passage) -> Tensor:

@@ -42,7 +42,7 @@ def test_how_many_are_in_flight(asked: int | None, ep: Any, stage: int, micro_ba
 
 
 def test_what_has_no_transfers_runs_in_sequence():
-    orders = Orders(tiny_config(schedule={"in_flight": 2, "order": "measured"}), alone(), 0)
+    orders = Orders(tiny_config(schedule={"in_flight": 2, "order": "measured"}), alone(), (0,))
     assert [orders.table(2) for _ in range(3)] == [sequential(0, 2)] * 3
 
 
