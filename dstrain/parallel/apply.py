@@ -18,7 +18,7 @@ from dstrain.model.moe import Experts
 from dstrain.model.router import Router
 from dstrain.model.transformer import Transformer
 from dstrain.parallel.recompute import apply_recompute
-from dstrain.plan.split import embeds_at_end, split
+from dstrain.plan.split import embeds_at_end, split, whole
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ def build_model(config: Config, groups: Groups, dispatcher: Dispatcher | None = 
     held = groups.mesh.local_experts(config.model.num_experts, groups.coordinate.ep)
     dispatcher = dispatcher or make_dispatcher(config, groups)
     pipeline = groups.mesh.stages
-    stages, own = split(config, pipeline.num_stages), pipeline.held[groups.coordinate.pp]
+    # A listed split is that of the pipeline, which this run may do without.
+    stages = split(config, pipeline.num_stages) if groups.mesh.pp > 1 else (whole(config.model),)
+    own = pipeline.held[groups.coordinate.pp]
     with torch.device("meta"):
         model = Transformer(config.model, held, dispatcher, stages, own)
     model = model.to_empty(device=groups.place.device)
