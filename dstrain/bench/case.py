@@ -44,8 +44,8 @@ def parse(text: str) -> Case:
     kind, *rest = text.split("/")
     wire, order = [*rest, *(DEFAULT_WIRE, DEFAULT_ORDER)[len(rest) :]][:2]
     known = kind in PEERS and not rest
-    pipeline, _, how = order.rpartition("+") if "+" in order else (order, "", "")
-    in_pipeline = pipeline in NAMES and how in ("", BLOCK, OVERLAP)
+    pipeline, plus, how = order.partition("+")
+    in_pipeline = pipeline in NAMES and (how in (BLOCK, OVERLAP) if plus else True)
     in_order = order == BLOCK or (order.isdecimal() and int(order) > 0) or in_pipeline
     if not known and not (kind in KINDS and wire in WIRES and in_order and len(rest) <= 2):
         cure = (

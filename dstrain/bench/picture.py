@@ -9,8 +9,8 @@ from xml.sax.saxutils import escape
 from dstrain.bench.fabric import CaseFigures, PointFigures
 from dstrain.bench.report import Report, about_compute, about_routes, title
 
-WIDTH, MARGIN = 960, 24
-LABELS, FIGURES = 210, 250
+WIDTH, MARGIN = 1040, 24
+LABELS, FIGURES = 290, 250
 BAR, GAP = 18, 8
 HEAD, FOOT, LEGEND = 78, 26, 40
 # The width of a bar as long as the longest.

@@ -120,10 +120,7 @@ class _Bench:
         return Replay(self.work.experts_per_token if isinstance(self.compute, Real) else 1, self.work.held)
 
     def _inputs(self) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(self.groups.place.rank)
-        shape = self.work.tokens, self.work.hidden_size
-        drawn = [torch.randn(shape, generator=generator) for _ in range(self.work.micro_batches)]
-        return [x_TD.to(DTYPE).requires_grad_() for x_TD in drawn]
+        return drawn(self.work, self.groups.place.rank)
 
     def _dispatcher(self, case: Case) -> Dispatcher:
         """As training makes it."""
@@ -133,6 +130,13 @@ class _Bench:
         if case.in_flight == 0 and isinstance(dispatcher, Transport):
             dispatcher.lane = BlockingLane(self.groups.trace)
         return dispatcher
+
+
+def drawn(work: Workload, rank: int) -> list[Tensor]:
+    """Random inputs of all micro-batches, each a leaf [T, D]."""
+    generator, shape = torch.Generator().manual_seed(rank), (work.tokens, work.hidden_size)
+    inputs = [torch.randn(shape, generator=generator) for _ in range(work.micro_batches)]
+    return [x_TD.to(DTYPE).requires_grad_() for x_TD in inputs]
 
 
 def _prepared(request: Prepare, groups: Groups, ep: Peers, clock: Clock) -> _Bench:

@@ -58,6 +58,45 @@ def test_two_points_from_outside(tmp_path: Path):
 
 
 @needs_testbed
+def test_pipelines_from_outside(tmp_path: Path):
+    cases = "cases=[alltoall/bfloat16/1f1b+block, alltoall/bfloat16/dualpipev+overlap]"
+    sizes = ["pp=2", "num_blocks=4", "micro_batches=4", "steps=1", "burst_kib=128"]
+    done = bench(tmp_path, *TINY[:4], "rounds=1", cases, *sizes, "out=here")
+    assert done.returncode == 0, done.stderr
+    assert "pipelines of 2 ranks inside nodes, experts spread over all nodes" in done.stdout
+    (point,) = json.loads((tmp_path / "here" / "result.json").read_text())["points"]
+    for case, peaks in zip(point["cases"], ([2, 1], [5, 5]), strict=True):
+        # All that crosses the network are tokens.
+        assert 0.99 < case["over_theory"] < 1.05
+        assert case["step_ms"] >= point["nominal_compute_ms"]
+        assert case["played"]["as_table"]
+        assert case["played"]["peak_live"] == case["played"]["table_peak_live"] == peaks
+    assert point["cases"][0]["over_simulated"] is None
+    # Bubbles, and what a transfer leaves exposed.
+    assert point["cases"][1]["played"]["simulated_ms"] > point["nominal_compute_ms"]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("rank/fp8/2", "cases=rank/fp8/2: pp=2 cuts the model into stages"),
+        ("megatron", "cases=megatron: pp=2 cuts the model into stages"),
+        ("rank/fp8/zb_v+overlap", "cases=rank/fp8/zb_v+overlap: zb_v has no overlapped pairs"),
+        (
+            "rank/fp8/dualpipev",
+            "cases=rank/fp8/dualpipev: dualpipev on 2 pipeline ranks needs at least 4 micro-batches",
+        ),
+    ],
+)
+def test_cases_that_a_pipeline_cannot_have(tmp_path: Path, case: str, message: str):
+    done = bench(tmp_path, "pp=2", "num_blocks=4", "micro_batches=3", f"cases=[{case}]")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"dstrain: {message}")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_testbed
 def test_real_compute_and_a_measured_order():
     config = FabricRoot(
         ranks_per_node=1, hidden_size=64, tokens=32, num_experts=4, experts_per_token=2, micro_batches=2, rounds=1
@@ -108,7 +147,10 @@ def test_ranks_that_are_too_slow_are_named():
         ("cases=[hierarchical/fp9]", "cases=hierarchical/fp9: there is no such case"),
         ("num_experts=6", "num_experts=6: 2 nodes of 2 ranks hold equally many experts"),
         ("points=[{route_nodes: 3}]", "route_nodes=3: there are 2 nodes"),
-        ("suite=huge", "suite=huge: there is no such choice. Choose one of bytes, quick, release, standing."),
+        ("suite=huge", "suite=huge: there is no such choice. Choose one of bytes, pipeline, quick, release, standing."),
+        ("pp=3", "pp=3: nodes of 2 ranks hold whole pipelines"),
+        ("pp=2", "num_blocks=2: pp=2 ranks hold up to two stages each"),
+        ("cases=[rank/fp8/zb_v]", "cases=rank/fp8/zb_v: a pipeline has several ranks"),
         ("ranks_per_nod=5", "ranks_per_nod=5: there is no such key. Did you mean ranks_per_node?"),
     ],
 )

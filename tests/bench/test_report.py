@@ -10,6 +10,7 @@ from rich.console import Console
 
 from dstrain.bench import picture
 from dstrain.bench.fabric import CaseFigures, PointFigures
+from dstrain.bench.played import Played
 from dstrain.bench.report import Machine, Report, show, speedups
 from dstrain.config.bench import FabricRoot
 
@@ -102,6 +103,7 @@ def test_a_busy_machine_makes_figures_void(report: Report):
 
 
 def test_the_picture_shows_every_case_inside_its_frame(report: Report):
+    report.points[0].cases.append(case("hierarchical/bfloat16/dualpipev+overlap", 1250.0, 711.0))
     root = ElementTree.fromstring(picture.draw(report))
     texts = [(text.text, float(text.get("x")), text.get("text-anchor")) for text in root.iter(f"{SVG}text")]
     assert [text for text, _, _ in texts].count("hierarchical/bfloat16/2") == 2
@@ -112,3 +114,23 @@ def test_the_picture_shows_every_case_inside_its_frame(report: Report):
     bars = [(float(bar.get("x")), float(bar.get("width"))) for bar in root.iter(f"{SVG}rect") if bar.get("x")]
     assert max(x + width for x, width in bars) <= picture.MARGIN + picture.LABELS + picture.SCALE + 0.1
     assert min(width for _, width in bars) >= 0
+
+
+def test_a_pipeline_is_held_against_its_own_table(report: Report, point: PointFigures):
+    blocking, plain, pairs = (
+        replace(case(f"rank/fp8/{order}", step_ms, 900.0), played=own)
+        for order, step_ms, own in (
+            ("1f1b+block", 2000.0, Played(None, 1060.0, 3.0, 0.7, True, [2, 1], [2, 1])),
+            ("1f1b", 1600.0, Played(1500.0, 1060.0, 3.0, 0.7, True, [2, 1], [2, 1])),
+            ("dualpipev+overlap", 1250.0, Played(1200.0, 1060.0, 3.0, 0.7, False, [6, 5], [5, 5])),
+        )
+    )
+    report.points[0] = replace(point, config=replace(point.config, pp=2), cases=[blocking, plain, pairs])
+    text = " ".join(shown(report, 0).split())
+    assert "pipelines of 2 ranks inside nodes, experts spread over all nodes" in text
+    assert "dualpipev+overlap 1200 1060 3.0 0.7 1.042 differs from table 6, 5 5, 5" in text
+    assert "1f1b+block 1060 3.0 0.7 equals table 2, 1 2, 1" in text
+    assert speedups(pairs, report.points[0]) == {"rank/fp8/1f1b+block": 1.6, "rank/fp8/1f1b": 1.28}
+    found = json.loads(report.as_json())["points"][0]["cases"]
+    assert [each["over_simulated"] for each in found] == [None, 1600.0 / 1500.0, 1250.0 / 1200.0]
+    assert found[2]["played"]["as_table"] is False
