@@ -35,8 +35,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class Record:
-    """A step of a pipeline's case, to be answered with its account, spans and all; `alone`: in the order in which one
-    micro-batch at a time is under way."""
+    """A step of a pipeline's case that has run before, to be answered with its account, spans and all; `alone`: in the
+    order in which one micro-batch at a time is under way."""
 
     case: Case
     alone: bool
