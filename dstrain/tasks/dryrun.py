@@ -112,10 +112,11 @@ def headline(layout: LayoutRun) -> list[str]:
     """The layout, and why it works as it does."""
     mesh, train, first, counted = layout.mesh, layout.config.train, layout.ranks[0], layout.counted
     mtp = f" and {counted.mtp / 1e6:,.1f}M of MTP modules" if counted.mtp else ""
+    ranks = f"{mesh.world} rank{'s' * (mesh.world > 1)}, {layout.config.hardware.devices_per_node} to a node"
     tokens = f"{train.micro_batch} x {train.seq_len} tokens"
     lines = [
-        f"{mesh.world} ranks, {layout.config.hardware.devices_per_node} to a node: pp={mesh.pp} ep={mesh.ep} "
-        f"dp={mesh.dp}; {micro_batches(layout.config)} micro-batches of {tokens} for every rank and step",
+        f"{ranks}: pp={mesh.pp} ep={mesh.ep} dp={mesh.dp}; {micro_batches(layout.config)} micro-batches of {tokens} "
+        "for every rank and step",
         f"parameters: {counted.total / 1e6:,.1f}M{mtp}, which all stages together hold",
         f"schedule: {first.schedule}",
         f"dispatch: {first.dispatch}",
@@ -166,8 +167,9 @@ def summary(layout: LayoutRun) -> list[str]:
     parts = [f"{kind} {sent}" for kind in KINDS if (sent := _gigabytes(totals, kind))]
     flops = sum(s.forward_flops + s.input_flops + s.weight_flops for s in layout.stages)
     passes = micro_batches(layout.config) * layout.mesh.data
+    sent = f"GB between nodes + inside: {', '.join(parts)}" if parts else "nothing is sent"
     return [
-        f"All ranks in a step: {_figure(flops * passes / 1e12)} TFLOP; GB between nodes + inside: {', '.join(parts)}",
+        f"All ranks in a step: {_figure(flops * passes / 1e12)} TFLOP; {sent}",
         "live: passes through a stage that have begun and not ended, at most. The bubble is that of stages which take "
         "as long as their TFLOP, with all transfers hidden.",
     ]
