@@ -4,7 +4,7 @@ The chain is cut into equal stages, as many as a schedule has, so that all sched
 expert-parallel group are on different nodes and a pipeline stays on one: what must hide crosses the limited links.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,15 +31,11 @@ def pipeline(case: Case, ranks: int, micro_batches: int) -> Pipeline:
 def alone(made: Pipeline) -> Pipeline:
     """The same stages on the same ranks, with one micro-batch under way at a time: nothing waits for another's work."""
 
-    def slots(rank: int) -> Sequence[Slot]:
-        way = [(m, s) for m in range(made.micro_batches) for s in made.layout.held[rank] if made.rank_of[s, m] == rank]
-        there = {m: sorted(s for n, s in way if n == m) for m, _ in way}
-        return [
-            (Op(kind, stage, m),)
-            for m, stages in there.items()
-            for kind, order in ((Kind.FORWARD, stages), (Kind.BACKWARD, stages[::-1]))
-            for stage in order
-        ]
+    def slots(rank: int) -> Iterator[Slot]:
+        for m in range(made.micro_batches):
+            own = [stage for stage in sorted(made.layout.held[rank]) if made.rank_of[stage, m] == rank]
+            yield from ((Op(Kind.FORWARD, stage, m),) for stage in own)
+            yield from ((Op(Kind.BACKWARD, stage, m),) for stage in reversed(own))
 
     return Pipeline(made.name, made.layout, made.micro_batches, tuple(tuple(slots(r)) for r in range(len(made.ranks))))
 
