@@ -128,6 +128,14 @@ def test_no_more_is_posted_than_comes():
     assert spawn(buffers_posted, 2)[1] == [2, 2, 1, 0]
 
 
+def send_until_it_fails(way: Way) -> None:
+    """A later send says what became of an earlier one."""
+    box, deadline = Outbox(way.peers.trace), time.monotonic() + 20
+    while time.monotonic() < deadline:
+        box.send(way, torch.zeros(1 << 20), "pipe")
+        time.sleep(0.1)
+
+
 def lost(rank: int, world: int, reads: bool) -> str:
     peers = everyone(dist.new_group(timeout=timedelta(seconds=5)))
     peers.trace.label = Label(stage=1, micro_batch=2, direction="forward", step=7)
@@ -135,13 +143,7 @@ def lost(rank: int, world: int, reads: bool) -> str:
     if rank == 1:
         os._exit(1)
     with pytest.raises(PeerError) as raised:
-        if reads:
-            inbox(way).take("pipe")
-        out, deadline = Outbox(peers.trace), time.monotonic() + 20
-        while time.monotonic() < deadline:
-            # A later send says what became of an earlier one.
-            out.send(way, torch.zeros(1 << 20), "pipe")
-            time.sleep(0.1)
+        inbox(way).take("pipe") if reads else send_until_it_fails(way)
     # The barrier at the end would wait for the other one.
     dist.destroy_process_group()
     return str(raised.value)

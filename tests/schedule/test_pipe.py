@@ -1,4 +1,4 @@
-"""What passes the edges of a pipeline: both ends read the same order from the table, and every tensor finds its stage."""
+"""What passes the edges of a pipeline: both ends read one order from the table, and every tensor finds its stage."""
 
 import pytest
 import torch
