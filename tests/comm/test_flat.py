@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dstrain.comm.collectives import Peers
-from dstrain.comm.flat import FlatCollectives
+from dstrain.comm.flat import FlatCollectives, sent_bytes
 from dstrain.comm.trace import Trace
 from dstrain.mesh.topology import Topology
 from tests.gloo.spawn import spawn
@@ -49,6 +49,8 @@ def run(rank: int, world: int, per_node: int) -> dict[str, Any]:
     found: dict[str, Any] = {name: flight.wait().flatten() for name, flight in flights.items()}
     transfers = peers.trace.take().transfers
     found["bytes"] = [(t.kind, {link.value: n for link, n in t.sent_bytes.items()}) for t in transfers]
+    known = sent_bytes(peers, SHARE * world * full.itemsize)
+    found["known"] = {link.value: n for link, n in known.items() if n}
     return found
 
 
@@ -93,6 +95,11 @@ def test_shares_cross_the_network_once_per_node(found: tuple[int, list]):
         for kind, sent in results["bytes"]:
             share = {"grad": 4 * SHARE, "param": 4 * SHARE, "narrow": 2 * 16, "half": 2 * SHARE}[kind]
             assert sent == {k: v * share for k, v in {"node": node, "network": network}.items() if v}
+
+
+def test_what_is_sent_is_known_beforehand(found: tuple[int, list]):
+    for results in found[1]:
+        assert [sent for kind, sent in results["bytes"] if kind in ("grad", "param")] == [results["known"]] * 3
 
 
 def start_many(rank: int, world: int) -> list[float]:

@@ -18,7 +18,7 @@ from dstrain.config.schema import (
 from dstrain.dispatch.choose import Links, Task, choose, decide, estimate, find_speeds, make_dispatcher
 from dstrain.errors import ConfigError
 from dstrain.mesh.axes import Mesh
-from dstrain.mesh.groups import Groups, Place, connect
+from dstrain.mesh.groups import Groups, Place, connect, disconnect
 from dstrain.mesh.topology import Link
 from dstrain.plan.traffic import Router, Rows
 from tests.gloo.spawn import spawn
@@ -175,6 +175,19 @@ def test_choices_where_there_is_no_grid(ep: int, ranks_per_node: int, layout: st
     assert refused[0] == "dispatch.kind"
     assert refused[1].endswith(f"here are {layout}")
     assert "dispatch.kind=rank" in refused[2]
+
+
+def test_where_nothing_can_be_measured_bytes_decide():
+    groups = connect(Mesh(ep=4), Place(0, 4, torch.device("meta")), ranks_per_node=2)
+    try:
+        known = HardwareConfig(intra_node_gbytes_per_s=10.0, inter_node_gbytes_per_s=0.001)
+        half = replace(known, inter_node_gbytes_per_s=0.0)
+        reasons = [choose(config(hardware=hardware), groups).reason for hardware in (known, half, None)]
+        assert reasons[0].endswith("GB/s between nodes (from the hardware file)")
+        assert reasons[1] == reasons[2]
+        assert reasons[1].split(" against ")[0].endswith("MB a layer and micro-batch")
+    finally:
+        disconnect()
 
 
 def test_one_rank_has_all_experts():

@@ -11,6 +11,7 @@ from dstrain.comm.collectives import Peers
 from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import Place, connect, disconnect
 from dstrain.mesh.topology import Link, Topology
+from dstrain.schedule.pipelines.choose import layout
 from tests.gloo.spawn import spawn
 
 CPU = torch.device("cpu")
@@ -64,12 +65,64 @@ def test_stages_have_groups_of_their_own(found: list):
         assert found[rank][3] == {"ep": stage, "expert_data": None, "data": stage, "world": [0, 1, 2, 3]}
 
 
+PIPE_KINDS = ("pp", "data", "expert_data", "embedding")
+
+
+def pipeline_members(rank: int, world: int, names: list[str]) -> list[dict[str, list[int] | None]]:
+    """Of a line of four, then of two times two ranks under each schedule, on nodes of one rank each."""
+    meshes = [Mesh(pp=4), *(Mesh(2, 1, 2, layout(name, 2)) for name in names)]
+    found = []
+    for mesh in meshes:
+        groups = connect(mesh, Place(rank, world, CPU), ranks_per_node=1)
+        assert groups.pp is not None
+        assert not groups.pp_ways
+        found.append({kind: members(getattr(groups, kind)) for kind in (*PIPE_KINDS, "ep_nodes")})
+    return found
+
+
+def test_groups_of_a_pipeline():
+    """The middle of the line has fewer groups than its ends, and those that are joined after them still meet."""
+    found = spawn(pipeline_members, 4, ["1f1b", "zb_v", "dualpipe"])
+    everyone = [0, 1, 2, 3]
+    for rank, (line, one_f_one_b, zb_v, dualpipe) in enumerate(found):
+        stage, column = [[0, 1], [2, 3]][rank // 2], [rank % 2, rank % 2 + 2]
+        ends = [0, 3] if rank in (0, 3) else None
+        assert line == {"pp": everyone, "data": None, "expert_data": None, "embedding": ends, "ep_nodes": None}
+        own = {"pp": column, "data": stage, "expert_data": None, "embedding": everyone, "ep_nodes": stage}
+        assert one_f_one_b == own
+        assert zb_v == {**own, "embedding": None}
+        assert dualpipe == {**own, "data": everyone, "expert_data": column, "embedding": None}
+
+
 def test_one_process_needs_no_groups():
     groups = connect(Mesh(), Place(0, 1, CPU))
     assert not dist.is_initialized()
     assert [getattr(groups, kind) for kind in (*KINDS, "ep_nodes", "ep_node", "background")] == [None] * 7
     assert groups.topology == Topology((0,))
     disconnect()
+
+
+def test_one_process_takes_a_place_in_a_large_world_where_nothing_is_computed():
+    mesh = Mesh(pp=16, dp=2, ep=64)
+    rank = mesh.rank(3, 1, 10)
+    try:
+        groups = connect(mesh, Place(rank, mesh.world, torch.device("meta")), ranks_per_node=8)
+        assert groups.world is not None
+        assert (groups.world.size, groups.world.index) == (2048, rank)
+        of_kind = {kind: getattr(groups, kind) for kind in ("ep", "expert_data", "data", "pp", "ep_nodes", "ep_node")}
+        for peers in of_kind.values():
+            assert (peers.size, peers.ranks[peers.index]) == (len(peers.ranks), rank)
+        first = mesh.rank(3, 1, 0)
+        assert of_kind["ep"].ranks == tuple(range(first, first + 64))
+        assert of_kind["expert_data"].ranks == (rank - 64, rank)
+        assert of_kind["data"].ranks == tuple(range(first - 64, first + 64))
+        assert of_kind["pp"].ranks == tuple(mesh.rank(pp, 1, 10) for pp in range(16))
+        assert of_kind["ep_nodes"].ranks == tuple(range(first + 2, first + 64, 8))
+        assert of_kind["ep_node"].ranks == tuple(range(first + 8, first + 16))
+        assert groups.background is None
+    finally:
+        disconnect()
+    assert not dist.is_initialized()
 
 
 def nodes_of_groups(rank: int, world: int, cases: list[tuple[Mesh, int | None]]) -> list[dict[str, Any]]:
