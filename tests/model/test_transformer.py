@@ -13,8 +13,10 @@ import dstrain.model
 from dstrain.config.schema import ModelConfig, MtpConfig, RouterConfig
 from dstrain.dispatch.local import LocalDispatcher
 from dstrain.model.init import init_weights
+from dstrain.model.layer import walk_whole
 from dstrain.model.rope import rotation
-from dstrain.model.transformer import Transformer
+from dstrain.model.transformer import Transformer, router_names
+from dstrain.plan.split import Stage
 
 MODEL = ModelConfig(
     vocab_size=50,
@@ -155,6 +157,70 @@ def test_an_mtp_layer_is_like_the_last_layer() -> None:
     names = initial(replace(MODEL, num_dense_layers=3)).state_dict().keys()
     assert "mtp.1.layer.mlp.gate_up.weight" in names
     assert not any(".moe." in name for name in names)
+
+
+STAGES = (Stage(range(1), True, False), Stage(range(1, 2), False, False), Stage(range(2, 3), False, True))
+ENDS = {
+    "MTP": MODEL,
+    "tied": replace(MODEL, tie_embeddings=True, mtp=MtpConfig()),
+    "plain": replace(MODEL, mtp=MtpConfig()),
+}
+
+
+def stages_of(model: ModelConfig, *own: int) -> Transformer:
+    """What a pipeline rank with these stages holds."""
+    transformer = Transformer(model, range(8), LocalDispatcher(8), STAGES, own)
+    init_weights(transformer, 0)
+    return transformer
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_stages_make_up_the_model(name: str) -> None:
+    whole = initial(ENDS[name]).state_dict()
+    parts = [stages_of(ENDS[name], stage).state_dict() for stage in range(3)]
+    assert {key for part in parts for key in part} == whole.keys()
+    for part in parts:
+        assert all(torch.equal(tensor, whole[key]) for key, tensor in part.items())
+    twice = {key for key in whole if sum(key in part for part in parts) > 1}
+    assert twice == (set() if name == "plain" else {"embed.weight"})
+    assert stages_of(ENDS[name], 2, 0).state_dict().keys() == parts[0].keys() | parts[2].keys()
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_each_stage_gives_gradients_to_what_it_uses(name: str) -> None:
+    model, tokens = stages_of(ENDS[name], 0, 1, 2), batch(2, ENDS[name].mtp.depth)
+    used: dict[str, list[int]] = {key: [] for key, _ in model.named_parameters()}
+    x_BTD: Tensor | None = None
+    for stage in range(3):
+        model.zero_grad()
+        end = walk_whole(model.walk_stage(stage, tokens, x_BTD, 2))
+        (sum(end.roots) + (0 if end.output is None else end.output.sum())).backward()
+        for key, parameter in model.named_parameters():
+            used[key] += [stage] if parameter.grad is not None else []
+        x_BTD = None if end.output is None else end.output.detach().requires_grad_()
+    assert {key: model.users(key) for key in used} == used
+    assert stages_of(ENDS[name], 1).users("layers.1.attn.o.weight") == [1]
+
+
+def test_blocks_and_routers_of_stages() -> None:
+    model = stages_of(MODEL, 2)
+    assert (model.blocks, model.num_blocks) == ((0, 1, 3), 4)
+    assert router_names(MODEL) == [name for name, _ in initial().routers()]
+    assert [name for name, _ in model.routers()] == router_names(MODEL)[1:]
+    assert router_names(replace(MODEL, num_dense_layers=3)) == []
+
+
+def test_a_layer_of_another_rank_cannot_be_run() -> None:
+    with pytest.raises(RuntimeError, match="layer 0 is held by another pipeline rank"):
+        walk_whole(stages_of(MODEL, 1).walk_stage(0, batch(1), torch.zeros(1, SEQ_LEN, 32), 1))
+
+
+def test_a_tied_head_is_heard_as_a_use_of_the_embedding() -> None:
+    """What waits for the weights of a module before it is called has to hear of its use as the head, too."""
+    model, calls = stages_of(ENDS["tied"], 2), []
+    model.embed.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0].shape))
+    walk_whole(model.walk_stage(2, batch(2, 0), torch.zeros(2, SEQ_LEN, 32), 2))
+    assert calls == [(2, SEQ_LEN, 32)]
 
 
 def test_a_model_without_a_vocabulary_is_refused() -> None:

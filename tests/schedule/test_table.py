@@ -3,7 +3,18 @@ from dataclasses import replace
 import pytest
 
 from dstrain.schedule.action import Action, Pass, Phase
-from dstrain.schedule.table import IllegalTable, check, from_text, peak_in_flight, sequential, to_text
+from dstrain.schedule.table import (
+    IllegalTable,
+    actions,
+    backward,
+    check,
+    check_courses,
+    forward,
+    from_text,
+    peak_in_flight,
+    sequential,
+    to_text,
+)
 
 
 @pytest.mark.parametrize(("blocks", "micro_batches"), [(0, 1), (1, 1), (2, 3)])
@@ -60,7 +71,50 @@ def test_text_round_trip():
     assert from_text(f"# a comment\n\n{text}") == table
 
 
-@pytest.mark.parametrize("line", ["F attend 0", "F rest 0 of 1", "F attend x of 1", "F attend 0 in 1"])
+def test_the_text_names_the_stages_above_0():
+    table = [*forward(1, 4, 2), *backward(1, 4, 2)]
+    assert to_text(table).splitlines()[0] == "F attend 0 of 4 in 2"
+    assert from_text(to_text(table)) == table
+
+
+BAD_LINES = ["F attend 0", "F rest 0 of 1", "F attend x of 1", "F attend 0 in 1", "F attend 0 of 1 at 2"]
+
+
+@pytest.mark.parametrize("line", [*BAD_LINES, "F attend 0 of 1 in", "F attend 0 of 1 in x", "F attend 0 of 1 in 2 3"])
 def test_bad_text(line: str):
     with pytest.raises(IllegalTable, match="text:"):
         from_text(line)
+
+
+# -- several stages ---------------------------------------------------------------------------------------------------
+
+# A rank with stages 1 and 4, of two blocks and of none, and one micro-batch of each.
+COURSES = {(1, 0): 2, (4, 0): 0, (1, 1): 2, (4, 1): 0}
+
+
+def stages_in_turn() -> list[Action]:
+    return [action for (stage, number), blocks in COURSES.items() for action in actions(blocks, number, stage)]
+
+
+def test_courses_of_several_stages():
+    check_courses(stages_in_turn(), COURSES)
+    # Their forward passes first: all of them are there at once.
+    table = sorted(stages_in_turn(), key=lambda action: action.work is not Pass.FORWARD)
+    check_courses(table, COURSES)
+    assert (peak_in_flight(stages_in_turn()), peak_in_flight(table)) == (1, 4)
+
+
+def test_the_order_of_micro_batches_is_that_of_each_stage():
+    """Stage 4 may end with micro-batch 1 before stage 1 begins, but neither may turn its own around."""
+    parts = {course: [*actions(blocks, course[1], course[0])] for course, blocks in COURSES.items()}
+    check_courses([*parts[4, 0], *parts[4, 1], *parts[1, 0], *parts[1, 1]], COURSES)
+    with pytest.raises(IllegalTable, match="^order: line 5, B attend 0 of 0 in 4, comes after micro-batch 1"):
+        check_courses([*parts[4, 1], *parts[4, 0], *parts[1, 0], *parts[1, 1]], COURSES)
+
+
+def test_a_stage_of_another_rank_is_foreign():
+    table = stages_in_turn()
+    with pytest.raises(IllegalTable, match="^complete: line 1, F attend 0 of 0 in 2, is no part"):
+        check_courses([replace(table[0], stage=2), *table[1:]], COURSES)
+    with pytest.raises(IllegalTable, match="^complete: F attend 0 of 1 in 4 is missing"):
+        check_courses([action for action in table if action.course != (4, 1)], COURSES)
