@@ -19,7 +19,7 @@ from dstrain.engine.plain import PlainEngine
 from dstrain.engine.sharding import ShardedEngine
 from dstrain.engine.state import Progress
 from dstrain.mesh.axes import Mesh
-from dstrain.mesh.groups import Groups, Place, connect
+from dstrain.mesh.groups import Groups, Place, connect, mesh_of
 from dstrain.parallel.apply import build_model, logical_parameters
 from dstrain.parallel.recompute import METHODS
 from tests.gloo.spawn import spawn
@@ -283,6 +283,31 @@ def test_state_moves_between_layouts():
     state, same = save(0, 1, Mesh())
     assert same == pytest.approx(expected, rel=1e-6)
     assert spawn(load, 4, Mesh(ep=4), state)[0] == pytest.approx(expected, rel=1e-6)
+
+
+def at_both_ends(rank: int, world: int, mirrored: bool) -> list[list[tuple[str, ...]]]:
+    """The names in the buckets of the embedding's group, and of all others in the order in which they leave."""
+    name = "dualpipe" if mirrored else "1f1b"
+    config = replace(case(train={"micro_batch": 1}, schedule={"pipeline": name}), mesh=MeshConfig(2, 1, 1))
+    groups = connect(mesh_of(config), Place(rank, world, CPU))
+    trainer = trainer_of(config, groups)
+    buckets = [(bucket.peers, tuple(slot.logical.name for slot in bucket.slots)) for bucket in trainer.engine.buckets]
+    trainer.step()
+    # Nothing is left over, and nothing is missing: otherwise the next step would say so.
+    assert [bucket.missing for bucket in trainer.engine.buckets] == [0] * len(buckets)
+    ends = [names for peers, names in buckets if groups.embedding is not None and peers is groups.embedding]
+    return [ends, [names for _, names in buckets]]
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_an_embedding_at_both_ends_leaves_alone_and_last(mirrored: bool):
+    found = spawn(at_both_ends, 2, mirrored)
+    for ends, order in found:
+        assert ends == ([] if mirrored else [("embed.weight",)])
+        assert order[-1] == ("embed.weight",)
+        assert sum("embed.weight" in names for names in order) == 1
+    # Those that reduce together start in the same order.
+    assert (found[0][1] == found[1][1]) is mirrored
 
 
 def test_a_gradient_that_does_not_come_is_missed():

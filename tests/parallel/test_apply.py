@@ -1,5 +1,6 @@
 """What outlives a process is named and placed without regard to the layout."""
 
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -10,8 +11,9 @@ from dstrain.comm.trace import Trace
 from dstrain.config.schema import MtpConfig
 from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import Groups, Place
-from dstrain.parallel.apply import build_model, logical_parameters
+from dstrain.parallel.apply import build_model, holders, logical_parameters
 from dstrain.plan.count import parameters
+from dstrain.schedule.pipelines.choose import NAMES, layout
 from tests.tiny import CPU, TINY, alone, tiny_config
 
 # (whole shape, offset, flat values of this rank)
@@ -81,3 +83,49 @@ def test_experts_and_fp32_weights():
 def test_the_planner_counts_the_same():
     model = build_model(TINY, alone())
     assert sum(x.parameter.numel() for x in logical_parameters(model)) == parameters(TINY.model).trained
+
+
+# -- pipelines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_is_with_those_who_hold_its_stage(name: str):
+    """The values that one process has, and no parameter that only other stages use."""
+    config = tiny_config(model={"num_layers": 4}, schedule={"pipeline": name})
+    complete = {x.name: x.parameter for x in logical_parameters(build_model(config, alone()))}
+    mesh = Mesh(2, 1, 1, layout(name, 2))
+    found: dict[str, int] = {}
+    for rank in range(2):
+        model = build_model(config, groups_of(mesh, rank))
+        assert (len(model.stages), model.own) == (mesh.stages.num_stages, mesh.stages.held[rank])
+        for x in logical_parameters(model):
+            assert torch.equal(x.parameter, complete[x.name])
+            assert model.users(x.name)
+            found[x.name] = found.get(x.name, 0) + 1
+    assert found.keys() == complete.keys()
+    twice = {key for key, ranks in found.items() if ranks == 2}
+    # A V has both ends of the model on its first rank.
+    folded = {"zb_v": set(), "dualpipev": set(), "dualpipe": set(complete)}
+    assert twice == folded.get(name, {"embed.weight"})
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_at_both_ends_has_holders_of_its_own(depth: int, tied: bool):
+    config = tiny_config(model={"tie_embeddings": tied, "mtp": MtpConfig(depth)})
+    for joined in (True, False):
+        # Names instead of groups: which one is asked for.
+        groups = replace(alone(), data="data", expert_data="experts", embedding="ends" if joined else None)  # type: ignore[arg-type]
+        found = {x.name: holders(x, groups) for x in logical_parameters(build_model(config, alone()))}
+        at_both = joined and (tied or depth > 0)
+        assert found.pop("embed.weight") == ("ends" if at_both else "data")
+        assert {name: "experts" if ".experts." in name else "data" for name in found} == found
+
+
+def test_a_listed_split_is_that_of_the_pipeline():
+    config = tiny_config(model={"num_layers": 4}, schedule={"split": (1, 3)})
+    staged = build_model(config, groups_of(Mesh(pp=2), 1))
+    assert [stage.layers for stage in staged.stages] == [range(1), range(1, 4)]
+    whole = build_model(config, alone())
+    assert [stage.layers for stage in whole.stages] == [range(4)]
+    assert hasattr(whole, "head")

@@ -12,12 +12,13 @@ from dstrain.engine.loop import Trainer
 from dstrain.engine.sharding import ShardedEngine
 from dstrain.engine.state import Progress
 from dstrain.mesh.axes import Mesh
-from dstrain.mesh.groups import Groups, Place, connect
+from dstrain.mesh.groups import Groups, Place, connect, mesh_of
 from dstrain.parallel.apply import build_model
-from dstrain.schedule.choose import Orders, in_flight, timed
+from dstrain.schedule.choose import Orders, Program, in_flight, makes_pairs, overlaps, timed
+from dstrain.schedule.pipelines.choose import NAMES, make
 from dstrain.schedule.run import DIRECTIONS
 from dstrain.schedule.simulate import even_costs
-from dstrain.schedule.table import check, sequential, starts, to_text
+from dstrain.schedule.table import IllegalTable, check, sequential, starts, to_text
 from tests.gloo.spawn import spawn
 from tests.tiny import CPU, alone, samples, tiny_config
 
@@ -102,3 +103,68 @@ def test_a_timed_step_decides_for_all_ranks():
     assert kept == [False, True, False, False]
     assert reason.startswith("2 of 4 micro-batches in flight, planned from the times of step 2: ")
     assert reason == other[1]
+
+
+# -- pipelines --------------------------------------------------------------------------------------------------------
+
+
+def programs(micro_batches: int, **schedule: Any) -> tuple[list[Program], str]:
+    """Of four pipeline ranks whose stages have a block each, and how they came about."""
+    config = tiny_config(schedule=schedule)
+    mesh = mesh_of(replace(config, mesh=MeshConfig(4, 2, 1)))
+    found = []
+    for pp in range(4):
+        groups = replace(alone(), mesh=mesh, coordinate=mesh.coordinate(2 * pp))
+        orders = Orders(replace(config, mesh=MeshConfig(4, 2, 1)), groups, (1,) * mesh.stages.num_stages)
+        found.append(orders.program(micro_batches))
+        assert orders.program(micro_batches) is found[-1]
+        assert orders.program(2 * micro_batches) is not found[-1]
+        assert orders.program(micro_batches) is found[-1]
+    return found, orders.reason
+
+
+@pytest.mark.parametrize("pipeline", NAMES)
+def test_the_programs_of_all_ranks_are_the_step(pipeline: str):
+    found, reason = programs(8, pipeline=pipeline)
+    stages = make(pipeline, 4, 8).layout.num_stages
+    courses = [course for program in found for course in program.courses]
+    assert sorted(courses) == [(stage, number) for stage in range(stages) for number in range(8)]
+    for program in found:
+        assert {action.course for action in program.table} == set(program.courses)
+        assert len(program.table) == 12 * len(program.courses)
+        assert program.traffic is not None
+    paired = ", forward under backward passes" if pipeline in ("dualpipe", "dualpipev") else ""
+    assert reason == f"{pipeline}, 16 micro-batches over {stages} stages{paired}"
+
+
+@pytest.mark.parametrize("pipeline", ["1f1b", "interleaved"])
+def test_pairs_where_they_are_asked_for(pipeline: str):
+    apart, _ = programs(8, pipeline=pipeline)
+    paired, reason = programs(8, pipeline=pipeline, overlap=True)
+    assert reason.endswith(", forward under backward passes")
+    assert [set(program.table) for program in paired] == [set(program.table) for program in apart]
+    assert [program.table for program in paired] != [program.table for program in apart]
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "ep", "overlap", "makes", "expected"),
+    [
+        ("1f1b", 2, None, False, False),
+        ("1f1b", 2, True, True, True),
+        ("zb_v", 2, None, False, False),
+        ("dualpipe", 2, None, False, True),
+        ("dualpipev", 1, None, False, False),
+        ("dualpipev", 1, True, False, True),
+        ("dualpipe", 2, False, False, False),
+    ],
+)
+def test_when_passes_overlap(pipeline: str, ep: int, overlap: bool | None, makes: bool, expected: bool):
+    config = replace(tiny_config(schedule={"pipeline": pipeline, "overlap": overlap}), mesh=MeshConfig(2, ep))
+    assert (makes_pairs(config), overlaps(config)) == (makes, expected)
+
+
+def test_a_program_is_checked_when_it_is_made():
+    made = make("1f1b", 2, 4)
+    broken = replace(made, ranks=(made.ranks[0][1:], made.ranks[1]))
+    with pytest.raises(IllegalTable, match="^complete|^after"):
+        Program.of(broken, 0, (1, 1), overlap=False)
