@@ -19,8 +19,8 @@ size is not sent.
 """
 
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -285,11 +285,21 @@ class NcclMailbox:
 
     def finish(self, work: dist.Work, transfer: Transfer) -> None:
         """Blocks this thread, not the stream that it issues into: there, the next exchange can be packed meanwhile."""
-        with failure.naming(f"a rank of group {self.peers.name}", self.others, transfer):
-            with torch.cuda.stream(self.stream):
-                work.wait()
+        with self._waiting(work, transfer):
             if self.stream is not None:
                 self.stream.synchronize()
+
+    def numbers(self, work: dist.Work, arrived: Tensor, transfer: Transfer) -> list[int]:
+        """What has arrived, on the host; blocks as `finish` does."""
+        with self._waiting(work, transfer):
+            return arrived.tolist()
+
+    @contextmanager
+    def _waiting(self, work: dist.Work, transfer: Transfer) -> Iterator[None]:
+        name = f"a rank of group {self.peers.name}"
+        with failure.naming(name, self.others, transfer), torch.cuda.stream(self.stream):
+            work.wait()
+            yield
 
 
 class _NcclExchange:
@@ -302,7 +312,8 @@ class _NcclExchange:
         """The sizes travel while the messages are packed."""
         device, self.out_sizes = self.peers.trace.device, [align(size) for size in sizes]
         if self.in_sizes is None:
-            counts = torch.tensor(self.out_sizes, device=device)
+            # From pinned memory: the host need not wait until they are there.
+            counts = torch.tensor(self.out_sizes, pin_memory=device.type == "cuda").to(device, non_blocking=True)
             self.counts = torch.empty_like(counts)
             self.counting = dist.all_to_all_single(self.counts, counts, group=self.peers.group, async_op=True)
         self.message = torch.empty(sum(self.out_sizes), dtype=torch.uint8, device=device)
@@ -310,8 +321,7 @@ class _NcclExchange:
 
     def send(self) -> None:
         if self.in_sizes is None:
-            self.box.finish(self.counting, self.transfer)
-            self.in_sizes = self.counts.tolist()
+            self.in_sizes = self.box.numbers(self.counting, self.counts, self.transfer)
         self.incoming = self.message.new_empty(sum(self.in_sizes))
         self.work = dist.all_to_all_single(
             self.incoming, self.message, self.in_sizes, self.out_sizes, group=self.peers.group, async_op=True

@@ -24,7 +24,7 @@ from torch import Tensor
 from dstrain.comm.lane import Stage
 from dstrain.comm.mailbox import Exchange, Mailbox, align
 from dstrain.comm.trace import Transfer
-from dstrain.dispatch.permute import Bags, Pairs, count
+from dstrain.dispatch.permute import Bags, Pairs
 from dstrain.plan.traffic import COUNTS_BYTES, WEIGHT_BYTES, first_bytes, home_bytes, mask_bytes
 
 
@@ -63,29 +63,34 @@ class Hop:
     experts: int
     row_per_pair: bool = False
 
-    def plan(self, pairs: Pairs) -> tuple[Leg, Tensor, Tensor]:
-        """The leg, and for its first way the masks, uint8 [R, M], and the weights, FP32 [N].
+    def plan(self, pairs: Pairs) -> tuple[Leg, Tensor, Tensor, Tensor]:
+        """The leg, and for its first way the masks, uint8 [R, M], the weights, FP32 [N], and to every rank the numbers
+        of its rows and pairs, int32 [P, 2].
 
         ValueError for a row that names an expert twice: a mask could not say so.
         """
         rows = max(1, pairs.rows)
         rank_N = pairs.expert_N // self.experts
-        # (rank, row, expert) as one number.
-        key_N = (rank_N * rows + pairs.row_N) * self.experts + pairs.expert_N % self.experts
-        key_N, pair_N = key_N.sort()
-        # The host waits for the device here and below; it is not the main thread.
-        if torch.any(key_N[1:] == key_N[:-1]):
-            raise ValueError("a token's route names an expert twice; its experts must be distinct")
+        # (rank, row, expert of the rank) as one number: rank * experts + expert of the rank is the expert.
+        key_N = torch.add(pairs.expert_N, rank_N, alpha=(rows - 1) * self.experts)
+        key_N, pair_N = key_N.add_(pairs.row_N, alpha=self.experts).sort()
         row_key_N = key_N // self.experts
         first_N = torch.ones_like(key_N, dtype=torch.bool)
         if not self.row_per_pair:
             torch.ne(row_key_N[1:], row_key_N[:-1], out=first_N[1:])
-        row_key_R = row_key_N[first_N]
-        row_R = row_key_R % rows
-        sent_rows = count(row_key_R // rows, self.ranks).tolist()
-        sent_pairs = count(rank_N, self.ranks).tolist()
+        counts_2P = key_N.new_zeros(2, self.ranks)
+        places_2N = (row_key_N // rows).expand(2, -1)
+        counts_2P.scatter_add_(1, places_2N, torch.stack((first_N.long(), torch.ones_like(key_N))))
+        repeats = (key_N[1:] == key_N[:-1]).sum()
+        # The host waits for the device, here alone; it is not the main thread.
+        *counts, repeated = torch.cat((counts_2P.flatten(), repeats[None])).tolist()
+        if repeated:
+            raise ValueError("a token's route names an expert twice; its experts must be distinct")
+        sent_rows, sent_pairs = counts[: self.ranks], counts[self.ranks :]
+        row_R = row_key_N.index_select(0, torch.nonzero_static(first_N, size=sum(sent_rows))[:, 0]) % rows
         leg = Leg(row_R, pair_N, Bags.by_target(row_R, pairs.rows), sent_rows, sent_pairs)
-        return leg, self._masks(first_N.cumsum(0) - 1, key_N % self.experts, len(row_R)), pairs.weight_N[pair_N]
+        masks_RM = self._masks(first_N.cumsum(0) - 1, key_N % self.experts, len(row_R))
+        return leg, masks_RM, pairs.weight_N[pair_N], counts_2P.int().t().contiguous()
 
     def _masks(self, row_N: Tensor, bit_N: Tensor, rows: int) -> Tensor:
         masks = torch.zeros(rows * mask_bytes(self.experts), dtype=torch.uint8, device=row_N.device)
@@ -128,15 +133,14 @@ class FirstOut(_Crossing):
 
     def send(self, cargo: tuple[Tensor, Pairs]) -> None:
         rows_SB, pairs = cargo
-        leg, masks_RM, weight_N = self.hop.plan(pairs)
+        leg, masks_RM, weight_N, counts_P2 = self.hop.plan(pairs)
         self.leg, self.width = leg, rows_SB.shape[1]
         self.legs.append(leg)
         shape = self.hop.experts, self.width
         sizes = [first_bytes(r, n, *shape) for r, n in zip(leg.sent_rows, leg.sent_pairs, strict=True)]
-        counts_P2 = torch.tensor([*zip(leg.sent_rows, leg.sent_pairs, strict=True)], dtype=torch.int32)
         parts = zip(
             self.exchange.outgoing(sizes),
-            counts_P2.to(rows_SB.device),
+            counts_P2,
             leg.row_R.split(leg.sent_rows),
             masks_RM.split(leg.sent_rows),
             weight_N.split(leg.sent_pairs),
@@ -148,9 +152,10 @@ class FirstOut(_Crossing):
         self.exchange.send()
 
     def receive(self) -> tuple[Tensor, Pairs]:
-        rows, masks, weights = [], [], []
-        for message in self.exchange.wait():
-            num_rows, num_pairs = message[:COUNTS_BYTES].view(torch.int32).tolist()
+        messages, rows, masks, weights = self.exchange.wait(), [], [], []
+        # On a GPU the host waits for all of them at once.
+        counts_P2 = torch.stack([message[:COUNTS_BYTES] for message in messages]).view(torch.int32).tolist()
+        for message, (num_rows, num_pairs) in zip(messages, counts_P2, strict=True):
             self.leg.arrived_rows.append(num_rows)
             self.leg.arrived_pairs.append(num_pairs)
             masks_at = COUNTS_BYTES + num_pairs * WEIGHT_BYTES
