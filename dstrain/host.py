@@ -1,8 +1,12 @@
-"""What makes a CPU process fast, and is not torch's to decide.
+"""Settings of the process that are not torch's to decide: what makes one on a CPU fast, and keeps one on a GPU going.
 
 Two defaults that suit short programs cost a training run a lot: glibc gives every large freed block back to the kernel
 and pays page faults for the next one, and oneDNN keeps the machine code of only 1024 matrix shapes, while experts see a
 new number of rows, hence a new shape, in nearly every product.
+
+Two defaults of CUDA stop a run whose kernels wait for other processes, as NCCL's do. A kernel is loaded when it is
+first used, which may wait for all that runs on the device: with a receive posted there ahead of its time, for ever. And
+streams share 8 queues, in which one that could go on stands behind one that waits.
 """
 
 import ctypes
@@ -13,6 +17,8 @@ import platform
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEEP_BELOW_BYTES = 1 << 30
 MATMUL_SHAPES = 8192
+# The most that CUDA has.
+DEVICE_QUEUES = 32
 
 
 def tune_cpu() -> None:
@@ -25,3 +31,10 @@ def tune_cpu() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, KEEP_BELOW_BYTES)
         libc.mallopt(M_TRIM_THRESHOLD, KEEP_BELOW_BYTES)
+
+
+def tune_gpu() -> None:
+    """All kernels are loaded at the start, and streams get as many queues as there are; the user's own settings in the
+    environment win. Takes effect in a process that has not yet used CUDA."""
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(DEVICE_QUEUES))

@@ -41,6 +41,17 @@ class Way:
         return work
 
 
+def meet(peers: Peers, *, sends: bool) -> None:
+    """The first transfer between the two members of a group of NCCL, which connects them; returns when it is done.
+
+    Both wait for the other in it. With receives posted before anything is sent, that would be for ever. PeerError if
+    the other does not come.
+    """
+    x, transfer = torch.zeros(1, device=peers.trace.device), Transfer("meet", peers.name, peers.trace.label, 0.0)
+    Way(peers, 1 - peers.index, 0).start(x, transfer, outbound=sends).wait()
+    torch.cuda.current_stream().synchronize()
+
+
 class Outbox:
     """What leaves this rank, over any way."""
 
@@ -107,4 +118,3 @@ class Inbox:
             work.wait()
         way.peers.trace.end(transfer)
         return x
-

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from dstrain.comm.collectives import Peers
+from dstrain.comm.p2p import meet
 from dstrain.comm.trace import Trace
 from dstrain.config.schema import Config
-from dstrain.host import tune_cpu
+from dstrain.host import tune_cpu, tune_gpu
 from dstrain.mesh.axes import Coordinate, Mesh
 from dstrain.mesh.topology import Topology
 from dstrain.schedule.pipelines.choose import layout
@@ -40,6 +41,8 @@ class Place:
     @staticmethod
     def from_environment() -> "Place":
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if world > 1:
+            tune_gpu()
         if torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
@@ -206,6 +209,8 @@ class _Joiner:
                 peers = self.join("pp-{}-{}-{}".format(*way), pairs)
                 if peers is not None and own in (a, b):
                     found[way] = peers
+                    # In the same order on all ranks.
+                    meet(peers, sends=own == way[0])
         return found
 
     def peers(self, name: str, group: dist.ProcessGroup | None, ranks: Sequence[int]) -> Peers:
