@@ -7,6 +7,7 @@ data through sockets: real communicators, kernels and streams, only slow.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,12 +20,19 @@ from dstrain.dispatch.choose import make_dispatcher
 from dstrain.dispatch.hierarchical import HierarchicalDispatcher
 from dstrain.dispatch.transport import Transport
 from dstrain.dispatch.wire import wire_format
+from dstrain.host import tune_gpu
 from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import Groups, Place, free_port
 from dstrain.mesh.topology import Link, Topology
+from dstrain.schedule.pipeline import Layout
 from tests.gloo.spawn import spawn
 
 GPU = torch.device("cuda", 0)
+# Before a process asks for a GPU, which every test of this folder does.
+tune_gpu()
+
+
+NAMES = ("ep", "ep_home", "ep_nodes", "ep_node", "ep_nodes_home", "ep_node_home", "data", "expert_data", "world")
 
 
 @contextmanager
@@ -32,22 +40,19 @@ def alone_over_nccl() -> Iterator[Groups]:
     """A rank whose groups, all of one member, are NCCL communicators: what it sends to itself does travel."""
     torch.cuda.set_device(GPU)
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=GPU)
+    trace = Trace(GPU)
+    peers = {name: Peers(dist.new_group([0], backend="nccl"), trace, name, (0,), (Link.SELF,)) for name in NAMES}
     try:
-        yield groups_of_one(Mesh())
+        yield Groups(Mesh(), Place(0, 1, GPU), Mesh().coordinate(0), trace, Topology((0,)), **peers)
     finally:
         dist.destroy_process_group()
 
 
-def groups_of_one(mesh: Mesh) -> Groups:
-    """With an account of their own; `mesh` has a single rank."""
+def afresh(groups: Groups, layout: Layout | None = None) -> Groups:
+    """The same communicators with an account of their own, and maybe the stages of a pipeline."""
     trace = Trace(GPU)
-
-    def peers(name: str) -> Peers:
-        return Peers(dist.new_group([0], backend="nccl"), trace, name, (0,), (Link.SELF,))
-
-    names = ("ep", "ep_home", "ep_nodes", "ep_node", "ep_nodes_home", "ep_node_home", "data", "expert_data", "world")
-    place, topology = Place(0, 1, GPU), Topology((0,))
-    return Groups(mesh, place, mesh.coordinate(0), trace, topology, **{name: peers(name) for name in names})
+    peers = {name: replace(getattr(groups, name), trace=trace) for name in NAMES}
+    return replace(groups, mesh=Mesh(layout=layout), trace=trace, **peers)
 
 
 def transport(config: Config, groups: Groups) -> Transport:

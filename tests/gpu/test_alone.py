@@ -18,7 +18,6 @@ from dstrain.config.schema import Config
 from dstrain.engine.loop import StepReport, Trainer
 from dstrain.engine.sharding import ShardedEngine
 from dstrain.engine.state import Progress
-from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import Groups
 from dstrain.parallel.apply import build_model
 from dstrain.schedule.order import fixed
@@ -30,7 +29,7 @@ from dstrain.schedule.table import Table, sequential
 from tests.dispatch.cases import EXPERTS, ROUTES
 from tests.dispatch.test_contract import FORMATS, assert_close, assert_equal, reference
 from tests.dispatch.test_contract import run as there_and_back
-from tests.gpu.nccl import GPU, alone_over_nccl, groups_of_one, transport
+from tests.gpu.nccl import GPU, afresh, alone_over_nccl, transport
 from tests.gpu.test_training import CONFIG
 from tests.schedule.test_run import by_table, collected, differences, on_the_whole_graph
 from tests.tiny import alone as on_cpu
@@ -110,7 +109,7 @@ def start(config: Config) -> dict[str, Tensor]:
 @pytest.mark.parametrize("in_flight", [1, 2])
 def test_steps_are_those_of_the_cpu(alone: Groups, in_flight: int) -> None:
     config = replace(ON_RANKS, schedule=replace(CONFIG.schedule, in_flight=in_flight))
-    gpu = reports(config, groups_of_one(Mesh()))
+    gpu = reports(config, afresh(alone))
     for ours, theirs in zip(gpu, reports(config, on_cpu()), strict=True):
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
@@ -118,7 +117,7 @@ def test_steps_are_those_of_the_cpu(alone: Groups, in_flight: int) -> None:
 
 
 def test_the_account_of_a_step_is_plausible(alone: Groups) -> None:
-    groups = groups_of_one(Mesh())
+    groups = afresh(alone)
     groups.trace.keeps_spans = True
     *_, report = reports(ON_RANKS, groups)
     comm, waits = report.comm, {f"wait {kind}" for kind in report.comm.waited_ms}
@@ -163,7 +162,7 @@ def test_a_pipeline_on_one_rank_equals_the_whole_graph(alone: Groups, pipeline: 
     config = tiny_config(model=vars(CONFIG.model) | {"num_layers": 4}, dispatch={"kind": "rank"})
     cut = replace(config, schedule=replace(config.schedule, split=(2, 2)))
     made = make(pipeline, 1, 4, 2, overlap=overlap and pipeline == "interleaved")
-    groups = groups_of_one(Mesh(layout=made.layout))
+    groups = afresh(alone, made.layout)
     staged, whole, batches = build_model(cut, groups), build_model(config, alone), on_gpu(config, 4)
     traffic, pipe, like = Traffic.of(made, 0), Pipe(groups), torch.empty(0, device=GPU)
 
