@@ -88,7 +88,8 @@ def test_help_of_the_other_commands(line, command: str):
     status, out, _ = line(*command.split(), "-h")
     assert status == 0
     # Only configs of training and suites of benches are composed of groups.
-    assert ("Groups" in out) == (command in ("verify", "bench comm", "bench fabric", "schedule show", "schedule split"))
+    composed = ("verify", "dryrun", "bench comm", "bench fabric", "schedule show", "schedule split")
+    assert ("Groups" in out) == (command in composed)
     assert out.startswith(f"dstrain {command} ")
 
 
@@ -151,8 +152,20 @@ def test_a_bug_keeps_its_traceback(line, monkeypatch):
         line("tokenize", "data.path=x", "out=y")
 
 
+FIRST_WORDS = {
+    "train",
+    "verify",
+    "dryrun",
+    "generate",
+    "export",
+    "import",
+    "tokenize",
+    "schedule",
+    "bench",
+    "completion",
+}
 COMPLETED = [
-    ("dstrain ", {"train", "verify", "generate", "export", "import", "tokenize", "schedule", "bench", "completion"}),
+    ("dstrain ", FIRST_WORDS),
     ("dstrain tr", {"train"}),
     ("dstrain bench ", {"comm", "fabric"}),
     ("dstrain bench fabric route_", {"route_nodes=", "route_skew="}),

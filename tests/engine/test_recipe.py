@@ -1,6 +1,7 @@
 """Learning rate, batch size and loss weights by hand, DeepSeek-V3's among them."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ def published() -> Config:
 
 
 V3 = published()
+# As the report has it, where the recipe begins with as much as its pipeline needs.
+REPORTED = replace(V3.train, ramp=RampConfig(469 * BILLION, 3072, 768))
 
 
 @pytest.mark.parametrize(("step", "rate"), [(0, 2.2e-4 / 2000), (999, 1.1e-4), (1999, 2.2e-4), (2000, 2.2e-4)])
@@ -55,13 +58,21 @@ def test_v3_rate(tokens: int, rate: float):
 
 @pytest.mark.parametrize(("tokens", "sequences"), [(0, 3072), (469 * BILLION - 1, 14592), (469 * BILLION, 15360)])
 def test_v3_batch(tokens: int, sequences: int):
+    assert batch_sequences(REPORTED, tokens) == sequences
+
+
+@pytest.mark.parametrize(("tokens", "sequences"), [(0, 4096), (469 * BILLION - 1, 14336), (469 * BILLION, 15360)])
+def test_v3_batch_of_the_recipe(tokens: int, sequences: int):
     assert batch_sequences(V3.train, tokens) == sequences
 
 
 def test_v3_batch_grows_in_equal_stretches():
     stretch = 469 * BILLION / 16
-    found = [batch_sequences(V3.train, int((n + 0.5) * stretch)) for n in range(16)]
+    found = [batch_sequences(REPORTED, int((n + 0.5) * stretch)) for n in range(16)]
     assert found == list(range(3072, 15360, 768))
+    stretch = 469 * BILLION / 11
+    found = [batch_sequences(V3.train, int((n + 0.5) * stretch)) for n in range(11)]
+    assert found == list(range(4096, 15360, 1024))
 
 
 def test_v3_trains_on_14_8_trillion_tokens():
