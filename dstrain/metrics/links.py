@@ -3,6 +3,7 @@
 A rank's rate over a link is the best of many: in every stretch of time in which it had transfers under way there, what
 it sent over what it took. A stretch also holds the waiting for a rank that is late, but the last one to come waits for
 nobody, so the best rate of the ranks that exchange with each other is that of the link. Idle time is in no stretch.
+Left out is what passes from stage to stage of a pipeline: it may be under way for as long as the next stage is busy.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from dstrain.comm.trace import CommTotals, Transfer, busy
 from dstrain.config.schema import HardwareConfig
 from dstrain.mesh.groups import Groups
 from dstrain.mesh.topology import Link
+from dstrain.schedule import pipe
 
 # Steps whose best rate is looked at.
 WINDOW = 20
@@ -100,5 +102,7 @@ def best_rate(transfers: Iterable[Transfer], link: Link) -> float:
 
 def _is_of(transfer: Transfer, link: Link) -> bool:
     """What also crosses the network says nothing about the links of the node."""
+    if transfer.kind == pipe.KIND:
+        return False
     alone = link is Link.NETWORK or Link.NETWORK not in transfer.sent_bytes
     return alone and link in transfer.sent_bytes and transfer.end_s is not None

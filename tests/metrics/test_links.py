@@ -1,6 +1,7 @@
 """The warning about a slow link: from real transfers, and not from a link that had nothing to do."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,6 +42,12 @@ def test_best_rate(transfers: list[Transfer], rate: float):
 def test_two_hops_say_nothing_about_the_node():
     transfers = [transfer(0, 10, network=MIB, node=MIB), transfer(20, 21, node=3 * MIB)]
     assert best_rate(transfers, Link.NODE) == 3 * MIB
+
+
+def test_a_stage_that_is_busy_is_no_slow_link():
+    held_up = replace(transfer(0, 100, network=2 * MIB), kind="pipe")
+    assert best_rate([held_up, transfer(20, 21, network=3 * MIB)], Link.NETWORK) == 3 * MIB
+    assert best_rate([held_up], Link.NETWORK) == 0
 
 
 def watched(rank: int, world: int, gbytes_per_s: float, late_s: float, steps: int) -> list[str]:
