@@ -131,20 +131,35 @@ def test_resume_is_exact_with_two_processes(tmp_path: Path, overrides: tuple[str
     assert_same_tensors(tensors(run, 12), end)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1)], ids=["ep1-to-ep4", "ep4-to-ep1"])
-def test_another_layout_goes_on(tmp_path: Path, before: int, after: int):
-    run = train(tmp_path, "run", f"mesh.ep={before}", *MOVING, world=before)
+# With experts spread, with a stage per rank, and with every stage on both ranks; and their processes.
+ALONE, SPREAD = (("mesh.ep=1",), 1), (("mesh.ep=4",), 4)
+STAGES = (("mesh.pp=2", "schedule.pipeline=zb_1p"), 2)
+MIRRORED = (("mesh.pp=2", "mesh.ep=2", "schedule.pipeline=dualpipe", "train.micro_batch=1"), 4)
+Layout = tuple[tuple[str, ...], int]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(ALONE, SPREAD), (SPREAD, ALONE), (STAGES, ALONE), (ALONE, MIRRORED)],
+    ids=["ep1-to-ep4", "ep4-to-ep1", "pp2-to-pp1", "pp1-to-pp2-ep2"],
+)
+def test_another_layout_goes_on(tmp_path: Path, before: Layout, after: Layout):
+    words = ("model.mtp.depth=1", *MOVING)
+    run = train(tmp_path, "run", *words, *before[0], world=before[1])
     uninterrupted = losses(run)
     forget_the_second_half(run)
-    train(tmp_path, "run", f"mesh.ep={after}", *MOVING, "train.resume=must", world=after)
+    # What is not named stays as it was.
+    train(tmp_path, "run", *words, "mesh.pp=1", *after[0], "train.resume=must", world=after[1])
     assert losses(run)[:6] == uninterrupted[:6]
     assert losses(run)[6:] == pytest.approx(uninterrupted[6:], rel=1e-5)
 
 
-def test_another_layout_saves_what_it_loaded(tmp_path: Path):
+@pytest.mark.parametrize("words", [("mesh.ep=4",), ("mesh.pp=2", "mesh.ep=2")], ids=" ".join)
+def test_another_layout_saves_what_it_loaded(tmp_path: Path, words: tuple[str, ...]):
     """Bit by bit, through four processes and back."""
-    run = train(tmp_path, "run", "precision=bf16", "train.steps=6")
-    again = config(tmp_path, "run", "precision=bf16", "mesh.ep=4", "train.resume=must", world=4)
+    common = ("precision=bf16", "model.mtp.depth=1")
+    run = train(tmp_path, "run", *common, "train.steps=6")
+    again = config(tmp_path, "run", *common, *words, "train.resume=must", world=4)
     spawn(load_and_save_rank, 4, again)
     assert_same_tensors(tensors(run, 7), tensors(run, 6))
 
@@ -153,7 +168,7 @@ def load_and_save_rank(rank: int, world_size: int, made: Config) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     loader = pretrain.open_loader(made)
     made = pretrain.with_vocabulary(made, loader)
-    groups = pretrain.connect(pretrain.Mesh(1, 1, 4), pretrain.Place.from_environment())
+    groups = pretrain.connect(pretrain.mesh_of(made), pretrain.Place.from_environment())
     trainer = pretrain.make_trainer(made, groups)
     trainer.corpus_tokens = loader.num_tokens
     directory = RunDirectory(made.run.dir).checkpoints

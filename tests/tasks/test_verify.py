@@ -134,6 +134,7 @@ def test_many_rows_are_summed_up(capsys: pytest.CaptureFixture):
         ("mesh.ep=2",),
         ("mesh.dp=2", "model.mtp.depth=0", "train.recompute=[norm,mla_up,swiglu]"),
         ("mesh.ep=2", "mesh.dp=2", "train.recompute=[layer]", "schedule.order=measured", "verify.steps=3"),
+        ("mesh.pp=2", "train.recompute=[layer]", "train.micro_batch=1", "schedule.pipeline=zb_1p"),
     ],
     ids=lambda overrides: " ".join(overrides),
 )
