@@ -288,7 +288,9 @@ def test_state_moves_between_layouts():
 def at_both_ends(rank: int, world: int, mirrored: bool) -> list[list[tuple[str, ...]]]:
     """The names in the buckets of the embedding's group, and of all others in the order in which they leave."""
     name = "dualpipe" if mirrored else "1f1b"
-    config = replace(case(train={"micro_batch": 1}, schedule={"pipeline": name}), mesh=MeshConfig(2, 1, 1))
+    # Large buckets: what may share one does.
+    made = case(engine={"bucket_mib": 32}, train={"micro_batch": 1}, schedule={"pipeline": name})
+    config = replace(made, mesh=MeshConfig(2, 1, 1))
     groups = connect(mesh_of(config), Place(rank, world, CPU))
     trainer = trainer_of(config, groups)
     buckets = [(bucket.peers, tuple(slot.logical.name for slot in bucket.slots)) for bucket in trainer.engine.buckets]
