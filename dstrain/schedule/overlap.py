@@ -54,7 +54,7 @@ def pair(ahead: Op, back: Op, blocks: Sequence[int]) -> Iterator[Action]:
     yield from home(Phase.ATTEND, last_home)
     for n in range(max(last_there, last_home)):
         block = last_home - 1 - n
-        if n < last_there:
+        if n <= last_there:
             yield there(Phase.ATTEND, n)
         if block >= 0:
             yield from home(Phase.SHARED, block, Pass.BACKWARD)
@@ -65,4 +65,5 @@ def pair(ahead: Op, back: Op, blocks: Sequence[int]) -> Iterator[Action]:
             yield there(Phase.EXPERTS, n)
         if block >= 0:
             yield from home(Phase.ATTEND, block)
-    yield there(Phase.ATTEND, last_there)
+    if last_there >= last_home:
+        yield there(Phase.ATTEND, last_there)

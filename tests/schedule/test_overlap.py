@@ -43,6 +43,13 @@ def test_stages_of_a_pair_may_differ(blocks: tuple[int, int]):
     check_courses([*before, *table, *backward(blocks[0], 5, 0)], {(0, 5): blocks[0], (1, 3): blocks[1]})
 
 
+def test_a_short_forward_pass_is_not_held_up():
+    """Its output leaves as soon as it is there: the next stage waits for it."""
+    table = words(list(pair(AHEAD, BACK, (1, 3))))
+    assert table[table.index("F attend 1") - 2 :][:4] == ["B attend 2", "W attend 2", "F attend 1", "B shared 1"]
+    assert words(list(pair(AHEAD, BACK, (0, 1))))[:4] == ["B attend 1", "W attend 1", "F attend 0", "B shared 0"]
+
+
 def test_a_pair_may_leave_weight_gradients_for_later():
     table = list(pair(AHEAD, Op(Kind.INPUT, 1, 3), (2, 2)))
     assert [a for a in table if a.work is Pass.WEIGHT] == []
