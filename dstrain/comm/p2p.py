@@ -97,11 +97,11 @@ class Inbox:
 
     def __post_init__(self) -> None:
         self._unposted = self.expected
-        self._post()
+        self._post(self.ahead)
 
-    def _post(self) -> None:
+    def _post(self, number: int) -> None:
         """A receive gets its account when it is waited for: until its tensor sets out, nothing is under way."""
-        while self._unposted and len(self._posted) < self.ahead:
+        while self._unposted and len(self._posted) < number:
             x = torch.empty_like(self.like, memory_format=torch.contiguous_format)
             trace = self.way.peers.trace
             transfer = Transfer("receive", self.way.peers.name, trace.label, 0.0)
@@ -110,8 +110,9 @@ class Inbox:
 
     def take(self, kind: str) -> Tensor:
         """The next one. Raises PeerError."""
+        self._post(1)
         work, x = self._posted.popleft()
-        self._post()
+        self._post(self.ahead)
         way = self.way
         transfer = way.peers.trace.begin(kind, way.peers.name)
         with naming(way.peers, way.index, transfer), way.peers.trace.waiting(transfer):

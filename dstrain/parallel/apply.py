@@ -70,7 +70,7 @@ def build_model(config: Config, groups: Groups, dispatcher: Dispatcher | None = 
     dispatcher = dispatcher or make_dispatcher(config, groups)
     pipeline = groups.mesh.stages
     # A listed split is that of the pipeline, which this run may do without.
-    stages = split(config, pipeline.num_stages) if groups.mesh.pp > 1 else (whole(config.model),)
+    stages = split(config, pipeline.num_stages) if pipeline.num_stages > 1 else (whole(config.model),)
     own = pipeline.held[groups.coordinate.pp]
     with torch.device("meta"):
         model = Transformer(config.model, held, dispatcher, stages, own)
