@@ -17,13 +17,12 @@ from statistics import fmean, median
 from dstrain.bench.case import Case
 from dstrain.bench.pipeline import cut, pipeline
 from dstrain.bench.workload import Workload
-from dstrain.comm.trace import CommTotals, Label
+from dstrain.comm.trace import STAGES, CommTotals, Label
 from dstrain.mesh.axes import Mesh
 from dstrain.schedule.action import Action, Phase
 from dstrain.schedule.choose import timed, typical
 from dstrain.schedule.figures import peak_live
 from dstrain.schedule.overlap import expand
-from dstrain.schedule.pipe import KIND
 from dstrain.schedule.run import DIRECTIONS
 from dstrain.schedule.simulate import Costs, simulate_ranks
 from dstrain.schedule.table import Table, peak_in_flight
@@ -105,7 +104,7 @@ def _of_stage(account: CommTotals, number: int, stage: range) -> CommTotals:
         return replace(label, block=(label.block or 0) - stage.start)
 
     spans = [replace(span, label=inside(span.label)) for span in account.spans if span.label.stage == number]
-    there = [transfer for transfer in account.transfers if transfer.label.stage == number and transfer.kind != KIND]
+    there = [transfer for transfer in account.transfers if transfer.label.stage == number and transfer.kind != STAGES]
     return replace(account, spans=spans, transfers=[replace(each, label=inside(each.label)) for each in there])
 
 
@@ -115,7 +114,7 @@ def _messages_ms(accounts: Sequence[CommTotals], mesh: Mesh) -> Iterator[float]:
     there_s: dict[tuple[object, ...], float] = {}
     for rank, account in enumerate(accounts):
         for transfer in account.transfers:
-            if transfer.kind == KIND and transfer.end_s is not None:
+            if transfer.kind == STAGES and transfer.end_s is not None:
                 label, leaves = transfer.label, bool(transfer.sent_bytes)
                 # The stage before the edge: forward that of the sender, backward that of the receiver.
                 edge = (label.stage or 0) - (leaves != (label.direction == "forward"))

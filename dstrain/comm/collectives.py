@@ -62,12 +62,14 @@ class Reducing:
     x: Tensor
     peers: Peers | None
     op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+    # As what the account has it.
+    kind: str = "reduce"
 
     def __post_init__(self) -> None:
         if self.peers is None:
             return
         peers, num_bytes = self.peers, self.x.numel() * self.x.element_size()
-        self._transfer = transfer = peers.trace.begin("reduce", peers.name)
+        self._transfer = transfer = peers.trace.begin(self.kind, peers.name)
         peers.trace.sent(transfer, ring_link(peers), 2 * num_bytes * (peers.size - 1) // peers.size)
         with self._naming(peers):
             self._work = dist.all_reduce(self.x, op=self.op, group=peers.group, async_op=True)

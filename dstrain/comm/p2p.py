@@ -9,6 +9,7 @@ what goes down a pipeline would wait for what comes up.
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -94,18 +95,23 @@ class Inbox:
     ahead: int
     _posted: "deque[tuple[dist.Work, Tensor]]" = field(default_factory=deque)
     _unposted: int = field(init=False)
+    # On CUDA, of its own: a receive needs nothing that has been computed here.
+    _stream: Any = None
 
     def __post_init__(self) -> None:
         self._unposted = self.expected
+        if self.like.is_cuda:
+            self._stream = torch.cuda.Stream(self.like.device)
         self._post(self.ahead)
 
     def _post(self, number: int) -> None:
         """A receive gets its account when it is waited for: until its tensor sets out, nothing is under way."""
         while self._unposted and len(self._posted) < number:
-            x = torch.empty_like(self.like, memory_format=torch.contiguous_format)
             trace = self.way.peers.trace
             transfer = Transfer("receive", self.way.peers.name, trace.label, 0.0)
-            self._posted.append((self.way.start(x, transfer, outbound=False), x))
+            with torch.cuda.stream(self._stream):
+                x = torch.empty_like(self.like, memory_format=torch.contiguous_format)
+                self._posted.append((self.way.start(x, transfer, outbound=False), x))
             self._unposted -= 1
 
     def take(self, kind: str) -> Tensor:
@@ -115,7 +121,12 @@ class Inbox:
         self._post(self.ahead)
         way = self.way
         transfer = way.peers.trace.begin(kind, way.peers.name)
-        with naming(way.peers, way.index, transfer), way.peers.trace.waiting(transfer):
+        with naming(way.peers, way.index, transfer), way.peers.trace.waiting(transfer), torch.cuda.stream(self._stream):
             work.wait()
+            if self._stream is not None:
+                # The host, too: what it issued meanwhile could wait for this kernel, and its sender for that.
+                self._stream.synchronize()
+        if self._stream is not None:
+            x.record_stream(torch.cuda.current_stream())
         way.peers.trace.end(transfer)
         return x

@@ -8,7 +8,7 @@ costs nothing.
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +16,10 @@ from typing import Any
 import torch
 
 from dstrain.mesh.topology import Link
+
+# The kind of what stages of a pipeline send each other. Who waits for that waits for compute elsewhere, not for the
+# network: it is the pipeline's bubble.
+STAGES = "pipe"
 
 # The beginning and the end of something on the device.
 Events = tuple[torch.cuda.Event, torch.cuda.Event]
@@ -69,9 +73,9 @@ class Span:
 class CommTotals:
     """Since the last `take`."""
 
-    # Time that compute stood still for the network.
+    # Time that compute stood still for the network; of other stages' compute, see `stages_ms`.
     exposed_ms: float
-    # Time in which at least one transfer was under way.
+    # Time in which at least one transfer was under way, those between stages apart.
     busy_ms: float
     # Bytes that this rank sent to other ranks, by kind ("dispatch", "combine", "grad", "param", ...) and by link.
     sent_bytes: dict[str, int]
@@ -83,8 +87,13 @@ class CommTotals:
     # The time that this is the account of.
     start_s: float = 0.0
     end_s: float = 0.0
-    # The exposed time by what was waited for.
+    # The time that compute stood still, by what was waited for.
     waited_ms: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def stages_ms(self) -> float:
+        """Time that compute stood still for other stages of the pipeline."""
+        return self.waited_ms.get(STAGES, 0.0)
 
     @property
     def hidden_share(self) -> float | None:
@@ -198,8 +207,8 @@ class Trace:
         began, self._began_s = self._began_s, now
         self._waited_ms, self._waits, self._span_events = defaultdict(float), [], []
         return CommTotals(
-            sum(waited_ms.values()),
-            sum(end - start for start, end in busy(transfers, began, now)) * 1e3,
+            exposed(waited_ms),
+            sum(end - start for start, end in busy((t for t in transfers if t.kind != STAGES), began, now)) * 1e3,
             dict(sent_bytes),
             dict(link_bytes),
             transfers,
@@ -208,6 +217,11 @@ class Trace:
             now,
             waited_ms,
         )
+
+
+def exposed(waited_ms: Mapping[str, float]) -> float:
+    """Of waits by kind, those for the network."""
+    return sum(waited for kind, waited in waited_ms.items() if kind != STAGES)
 
 
 def _read_off(span_events: list[tuple[str, Label, Events]]) -> Iterator[Span]:

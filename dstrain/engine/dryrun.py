@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dstrain.comm.flat import sent_bytes as shared_bytes
-from dstrain.comm.trace import Transfer
+from dstrain.comm.trace import STAGES, Transfer
 from dstrain.config.schema import Config
 from dstrain.dispatch.balanced import BalancedDispatcher, sent_bytes
 from dstrain.dispatch.choose import Task, choose
@@ -33,7 +33,6 @@ from dstrain.parallel.apply import build_model, logical_parameters
 from dstrain.precision.flops import FlopCounter
 from dstrain.schedule.action import Pass
 from dstrain.schedule.choose import Orders, Program
-from dstrain.schedule.pipe import KIND as PIPE
 from dstrain.schedule.run import DIRECTIONS, run_stages
 from dstrain.schedule.table import actions, check_courses, peak_in_flight
 
@@ -242,7 +241,7 @@ def _of_pipe(config: Config, groups: Groups, program: Program) -> Sent:
     for target in program.traffic.targets.values() if program.traffic else ():
         link = groups.topology.link(groups.place.rank, groups.mesh.rank(target, here.dp, here.ep))
         if link is not Link.SELF:
-            sent[PIPE, link.value] += _between_stages(config).nbytes
+            sent[STAGES, link.value] += _between_stages(config).nbytes
     return sent
 
 

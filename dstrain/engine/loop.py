@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dstrain.comm.collectives import Peers, Reducing, all_reduce_max
-from dstrain.comm.trace import CommTotals, Label
+from dstrain.comm.trace import STAGES, CommTotals, Label, exposed
 from dstrain.config.schema import Config
 from dstrain.dispatch.balance import update_bias
 from dstrain.engine.contract import Engine
@@ -27,7 +27,6 @@ from dstrain.errors import SharedError
 from dstrain.mesh.groups import Groups
 from dstrain.model.layer import End, Walk, walk_whole
 from dstrain.model.loss import StepLoss
-from dstrain.model.router import RouterReport
 from dstrain.model.transformer import Transformer, router_names
 from dstrain.parallel.apply import logical_parameters
 from dstrain.plan.placement import Placement
@@ -87,7 +86,8 @@ class _Sums:
     """Adds up courses, then ranks: one small FP64 all-reduce a step, exact for the integer loads.
 
     It sets out when the last forward pass has ended, and travels under what is left of the backward passes. Of a
-    pipeline, each rank knows the losses and loads of its stages; the sum over all ranks is that of the whole model.
+    pipeline, each rank knows the losses and loads of its stages; the sum over all ranks is that of the whole model. It
+    sets out at the end of the step then: other stages have still much to do, and waiting for them is bubble.
     """
 
     def __init__(self, courses: Sequence[tuple[int, int]], model: Transformer, peers: Peers | None):
@@ -104,27 +104,26 @@ class _Sums:
             return
         losses = [self._losses[course] for course in sorted(self._losses)]
         parts_5 = torch.stack([torch.cat((loss.parts_4, loss.total[None])) for loss in losses]).double().sum(0)
-        rows = [(row, report) for course in sorted(self._losses) for row, report in self._rows(course)]
         entropy_L = parts_5.new_zeros(self._model.num_blocks)
         load_LE = parts_5.new_zeros(self._model.num_blocks, self._model.config.num_experts)
-        if rows:
-            rows_R = torch.tensor([row for row, _ in rows], device=parts_5.device)
-            entropy_L.index_add_(0, rows_R, torch.stack([report.entropy for _, report in rows]).double())
-            load_LE.index_add_(0, rows_R, torch.stack([report.load_E for _, report in rows]).double())
+        for (stage, _), loss in sorted(self._losses.items(), key=lambda item: item[0]):
+            if loss.reports:
+                first = sum(self._model.blocks[:stage])
+                own = slice(first, first + len(loss.reports))
+                entropy_L[own] += torch.stack([report.entropy for report in loss.reports])
+                load_LE[own] += torch.stack([report.load_E for report in loss.reports])
         self._shape_LE = load_LE.shape
-        self._reducing = Reducing(torch.cat((parts_5, entropy_L, load_LE.flatten())), self._peers)
-
-    def _rows(self, course: tuple[int, int]) -> Iterator[tuple[int, RouterReport]]:
-        """The reports of a course with the numbers of their blocks in the model."""
-        first = sum(self._model.blocks[: course[0]])
-        return enumerate(self._losses[course].reports, start=first)
+        self._own = torch.cat((parts_5, entropy_L, load_LE.flatten()))
+        if len(self._model.stages) == 1:
+            self._reducing = Reducing(self._own, self._peers)
 
     def wait(self) -> None:
         """Until the sums over all ranks are there."""
-        if self._reducing is None:
+        if self._missing:
             raise RuntimeError("a micro-batch has not run forward")
+        reducing = self._reducing or Reducing(self._own, self._peers, kind=STAGES)
         layers = self._shape_LE[0]
-        self.parts_5, self.entropy_L, load = self._reducing.wait().split((5, layers, self._shape_LE.numel()))
+        self.parts_5, self.entropy_L, load = reducing.wait().split((5, layers, self._shape_LE.numel()))
         self.load_LE = load.view(self._shape_LE)
 
 
@@ -229,7 +228,7 @@ class Trainer:
         sums.wait()
         # On a GPU it ends with a synchronisation: from then on, the times of all waits are known.
         grad_norm = self.engine.reduce()
-        exposed_ms = sum(self.groups.trace.waited_ms().values())
+        exposed_ms = exposed(self.groups.trace.waited_ms())
         worst = sums.parts_5.new_tensor([float(stop), _peak_memory_gib(self.groups.place.device), exposed_ms])
         any_stop, memory_gib, exposed_ms = all_reduce_max(worst, self.groups.world).tolist()
         main, mtp, balance, z, total = sums.parts_5.tolist()

@@ -123,8 +123,6 @@ def connect(mesh: Mesh, place: Place, timeout_s: float = 600.0, ranks_per_node: 
     topology = _discover(place, background, ranks_per_node)
     joiner = _Joiner(place, topology, trace, backend, timeout)
     nodes, node = joiner.inside(mesh.ep_groups())
-    # Groups that not every rank has come last, those whose members are not all alike before the others: gloo tells
-    # groups apart by how many there were before.
     ep, expert_data = joiner.join("ep", mesh.ep_groups()), joiner.join("expert-data", mesh.expert_data_groups())
     data, pp = joiner.join("data", mesh.data_groups()), joiner.join("pp", mesh.pp_groups())
     embedding = joiner.join("embedding", mesh.embedding_groups())
@@ -192,8 +190,10 @@ class _Joiner:
         # number of calls does not grow with the number of groups.
         if self.backend == "nccl" and lists:
             group = dist.split_group(split_ranks=lists, timeout=self.timeout, group_desc=name)
-        elif own is not None:
-            group = dist.new_group(own, timeout=self.timeout, use_local_synchronization=True, group_desc=name)
+        elif lists:
+            # Of this rank alone, where it is in none: gloo tells groups apart by how many a rank has made before.
+            members = own or [self.place.rank]
+            group = dist.new_group(members, timeout=self.timeout, use_local_synchronization=True, group_desc=name)
         return None if own is None else self.peers(name, group, own)
 
     def twin(self, name: str, rank_lists: list[list[int]], peers: Peers | None) -> Peers | None:

@@ -92,6 +92,7 @@ def figures(record: Record) -> list[str]:
         ("mfu", "MFU {:4.1f} %", 100),
         ("comm_exposed_ms", "wait {:5.1f} ms", 1),
         ("comm_hidden_share", "hidden {:3.0f} %", 100),
+        ("stages_wait_ms", "bubble {:5.1f} ms", 1),
     )
     return [text.format(_number(record[key]) * scale) for key, text, scale in shown if record.get(key) is not None]
 

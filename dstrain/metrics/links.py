@@ -11,11 +11,10 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from dstrain.comm.collectives import all_reduce_sum
-from dstrain.comm.trace import CommTotals, Transfer, busy
+from dstrain.comm.trace import STAGES, CommTotals, Transfer, busy
 from dstrain.config.schema import HardwareConfig
 from dstrain.mesh.groups import Groups
 from dstrain.mesh.topology import Link
-from dstrain.schedule import pipe
 
 # Steps whose best rate is looked at.
 WINDOW = 20
@@ -102,7 +101,7 @@ def best_rate(transfers: Iterable[Transfer], link: Link) -> float:
 
 def _is_of(transfer: Transfer, link: Link) -> bool:
     """What also crosses the network says nothing about the links of the node."""
-    if transfer.kind == pipe.KIND:
+    if transfer.kind == STAGES:
         return False
     alone = link is Link.NETWORK or Link.NETWORK not in transfer.sent_bytes
     return alone and link in transfer.sent_bytes and transfer.end_s is not None

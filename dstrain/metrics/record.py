@@ -2,7 +2,7 @@
 
 import re
 
-from dstrain.comm.trace import CommTotals
+from dstrain.comm.trace import STAGES, CommTotals
 from dstrain.config.schema import Config
 from dstrain.engine.loop import LayerLoad, StepReport
 from dstrain.engine.placement import Moved
@@ -33,6 +33,7 @@ def step_record(report: StepReport, config: Config, world: int) -> dict[str, Val
         "comm_exposed_worst_ms": report.comm_exposed_worst_ms,
         "comm_busy_ms": report.comm.busy_ms,
         "comm_hidden_share": report.comm.hidden_share,
+        **({"stages_wait_ms": report.comm.stages_ms} if config.mesh.pp > 1 else {}),
         **_traffic_record(report.comm),
         "memory_gib": report.memory_gib,
     }
@@ -54,7 +55,8 @@ def _traffic_record(comm: CommTotals) -> dict[str, Value]:
     """What this rank sent, by link and by kind, and what it waited for."""
     links = {f"comm_{link.value}_mb": comm.link_bytes.get(link, 0) / 1e6 for link in (Link.NODE, Link.NETWORK)}
     sent = {f"comm_{kind}_mb": num_bytes / 1e6 for kind, num_bytes in sorted(comm.sent_bytes.items())}
-    waited = {f"comm_{kind}_exposed_ms": waited_ms for kind, waited_ms in sorted(comm.waited_ms.items())}
+    waits = sorted((kind, waited_ms) for kind, waited_ms in comm.waited_ms.items() if kind != STAGES)
+    waited = {f"comm_{kind}_exposed_ms": waited_ms for kind, waited_ms in waits}
     return {**links, **sent, **waited}
 
 

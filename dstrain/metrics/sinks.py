@@ -11,6 +11,7 @@ A record is a flat mapping with these keys; a figure that is unknown is None or 
     comm_exposed_ms, comm_exposed_worst_ms  of the wall time, compute waiting for transfers: rank 0, and the worst rank
     comm_dispatch_exposed_ms                and combine, grad, param, reduce, ...: what rank 0 waited for
     comm_busy_ms, comm_hidden_share         time in which rank 0 had a transfer under way, and the share not waited for
+    stages_wait_ms                          compute waiting for other stages of a pipeline: its bubble, on rank 0
     comm_node_mb, comm_network_mb           what rank 0 sent to ranks of its node and over the network, in 10^6 bytes
     comm_dispatch_mb                        and combine, grad, param, reduce, ...: the same by kind
     moe/layer03/load_max_over_mean          of the experts of a layer; moe/mtp0/... for the MTP modules. Beside it:

@@ -79,7 +79,8 @@ class Orders:
     # How the newest table came about.
     reason: str = ""
     _tables: dict[int, Table] = field(default_factory=dict)
-    _programs: dict[int, Program] = field(default_factory=dict)
+    # The newest, with its number of micro-batches: a ramp never goes back to an earlier one.
+    _newest: tuple[int, Program] | None = None
     _costs: Costs | None = None
     _steps: int = 0
     _kept_spans: bool = False
@@ -93,16 +94,16 @@ class Orders:
         """For the step that begins now."""
         if self.groups.mesh.pp == 1:
             return Program(self.table(micro_batches), [(0, number) for number in range(micro_batches)])
-        if micro_batches not in self._programs:
-            self._programs[micro_batches] = self._pipelined(micro_batches)
-        return self._programs[micro_batches]
+        if self._newest is None or self._newest[0] != micro_batches:
+            self._newest = micro_batches, self._pipelined(micro_batches)
+        return self._newest[1]
 
     def _pipelined(self, micro_batches: int) -> Program:
         schedule, pairs = self.config.schedule, overlaps(self.config)
         made = make(schedule.pipeline, self.groups.mesh.pp, micro_batches, schedule.chunks, makes_pairs(self.config))
         check_pipeline(made)
         self.reason = f"{schedule.pipeline}, {micro_batches} micro-batches over {made.layout.num_stages} stages"
-        self.reason += ", forward under backward passes" if pairs else ""
+        self.reason += ", forward under backward passes" if pairs and self.blocks else ""
         return Program.of(made, self.groups.coordinate.pp, self.stages, overlap=pairs)
 
     def table(self, micro_batches: int) -> Table:

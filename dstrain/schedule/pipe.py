@@ -1,8 +1,8 @@
 """Between the stages of a pipeline: what leaves a stage reaches the next one, on this rank or on another.
 
-Both ends read from the same table (pipeline.py) in which order things leave a rank, so nothing but data travels. Of the
-coming outputs and gradients AHEAD are expected on every way before they are asked for. Where two stages that follow one
-another are on one rank, as at the turn of a V, a tensor is handed over.
+Both ends read from the same table (pipeline.py) in which order things leave a rank, so nothing but data travels. Over
+gloo, some of the coming outputs and gradients are expected on every way before they are asked for. Where two stages
+that follow one another are on one rank, as at the turn of a V, a tensor is handed over.
 """
 
 from collections import Counter, defaultdict
@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from dstrain.comm.p2p import Inbox, Outbox, Way
+from dstrain.comm.trace import STAGES
 from dstrain.mesh.groups import Groups
 from dstrain.schedule.action import Pass
 from dstrain.schedule.pipeline import Kind, Op, Pipeline
 
-# The kind under which the account has these transfers.
-KIND = "pipe"
-AHEAD = 2
+# Kernels of NCCL that wait for data from other ranks keep calls of CUDA waiting that in turn wait for the device (the
+# first use of a library, for example): a receive that is posted long before its tensor leaves stopped a first step for
+# ever. There, nothing is posted that is not asked for.
+AHEAD = {"cpu": 2, "cuda": 0}
 TAGS = {Pass.FORWARD: 0, Pass.BACKWARD: 1}
 PASSES = {Kind.FORWARD: Pass.FORWARD, Kind.BACKWARD: Pass.BACKWARD, Kind.INPUT: Pass.BACKWARD}
 
@@ -86,7 +88,7 @@ class Pipe:
         """`like`: an output of a stage, which is like a gradient of it; shape, dtype and device count."""
         self._traffic, self._taken, self._here = traffic, Counter(), {}
         self._inboxes = {
-            (source, work): Inbox(self._way(source, self._rank, work), like, len(edges), AHEAD)
+            (source, work): Inbox(self._way(source, self._rank, work), like, len(edges), AHEAD[like.device.type])
             for (source, work), edges in traffic.coming.items()
         }
 
@@ -106,7 +108,7 @@ class Pipe:
         if target == self._rank:
             self._here[key] = x
         else:
-            self._outbox.send(self._way(self._rank, target, work), x, KIND)
+            self._outbox.send(self._way(self._rank, target, work), x, STAGES)
 
     def take(self, work: Pass, edge: int, micro_batch: int) -> Tensor | None:
         """As in run.py. Raises PeerError."""
@@ -117,6 +119,6 @@ class Pipe:
         way = (source, work)
         while key not in self._here:
             edge_there = self._traffic.coming[way][self._taken[way]]
-            self._here[edge_there] = self._inboxes[way].take(KIND)
+            self._here[edge_there] = self._inboxes[way].take(STAGES)
             self._taken[way] += 1
         return self._here.pop(key)

@@ -62,7 +62,7 @@ def _micro_batches_broken(name: str, ranks: int, micro_batches: int) -> Broken |
     return Broken("micro_batches", rule, f"The nearest number allowed is {nearest}")
 
 
-@lru_cache
+@lru_cache(maxsize=4)
 def make(name: str, ranks: int, micro_batches: int, chunks: int = 2, overlap: bool = False) -> Pipeline:
     """The table of a schedule. Arguments keep the rules (`rule_broken`).
 
