@@ -8,9 +8,6 @@ from dstrain.config.schema import Config, PartCosts
 from dstrain.errors import ConfigError
 from dstrain.schedule.pipelines import choose
 
-# Which key an argument of `choose.make` comes from, the number of micro-batches apart.
-FIELDS = {"ranks": "mesh.pp", "overlap": "schedule.overlap"}
-
 
 def check_schedule(config: Config) -> None:
     """`config` has a number as mesh.dp, and a batch of whole micro-batches for every rank."""
@@ -29,10 +26,9 @@ def check_table(config: Config) -> None:
     one_of(config, "schedule.pipeline", *choose.NAMES)
     at_least(config, 2, "schedule.chunks")
     schedule, ranks = config.schedule, config.mesh.pp
-    broken = choose.rule_broken(schedule.pipeline, ranks, 1, schedule.chunks, schedule.overlap is True)
-    if ranks > 1 and broken and broken.argument in FIELDS:
-        field = FIELDS[broken.argument]
-        raise ConfigError(field, ranks if field == "mesh.pp" else "true", broken.rule, f"{broken.cure}.")
+    broken = choose.rule_broken(schedule.pipeline, ranks, 1, schedule.chunks)
+    if ranks > 1 and broken and broken.argument == "ranks":
+        raise ConfigError("mesh.pp", ranks, broken.rule, f"{broken.cure}.")
 
 
 def check_part_costs(config: Config) -> None:

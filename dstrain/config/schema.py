@@ -202,9 +202,9 @@ class ScheduleConfig:
     pipeline: str = "1f1b"
     # Stages that each rank of pipeline=interleaved holds.
     chunks: int = 2
-    # The forward pass of one micro-batch under the backward pass of another. None: where experts are spread and the
-    # pipeline has such pairs of its own (dualpipe, dualpipev). true: in 1f1b and interleaved too, at about twice the
-    # activations; false: the two parts of a pair run one after the other.
+    # Transfers of tokens under compute that the table has beside them: the forward pass of one micro-batch under the
+    # backward pass of another (dualpipe, dualpipev), weight gradients (zb_1p, zb_v). None: where experts are spread.
+    # true: 1f1b and interleaved get such pairs, too, at about twice the activations; false: one after the other.
     overlap: bool | None = None
     # Layers of each stage, in order; empty: planned, so that the costliest stage costs least.
     split: tuple[int, ...] = ()

@@ -25,6 +25,8 @@ from dstrain.schedule.run import DIRECTIONS
 from dstrain.schedule.simulate import Costs, simulate
 from dstrain.schedule.table import Table, check, check_courses, from_text, sequential, starts, to_text
 
+# Schedules with neither pairs nor weight gradients apart, unless they are asked for.
+PLAIN = ("1f1b", "interleaved")
 # Counted from the start of the process.
 TIMED_STEP = 2
 
@@ -40,13 +42,13 @@ def in_flight(config: Config, groups: Groups, micro_batches: int) -> int:
 
 def makes_pairs(config: Config) -> bool:
     """Whether a schedule that has no pairs of its own is to have some."""
-    return config.schedule.overlap is True and config.schedule.pipeline in ("1f1b", "interleaved")
+    return config.schedule.overlap is True and config.schedule.pipeline in PLAIN
 
 
 def overlaps(config: Config) -> bool:
-    """Whether the two passes of a pair interleave."""
+    """Whether the two passes of a pair interleave, and weight gradients fill transfers."""
     asked = config.schedule.overlap
-    return config.mesh.ep > 1 and config.schedule.pipeline in ("dualpipe", "dualpipev") if asked is None else asked
+    return config.mesh.ep > 1 and config.schedule.pipeline not in PLAIN if asked is None else asked
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,12 @@ class Orders:
         return self._newest[1]
 
     def _pipelined(self, micro_batches: int) -> Program:
-        schedule, pairs = self.config.schedule, overlaps(self.config)
+        schedule, hides = self.config.schedule, overlaps(self.config)
         made = make(schedule.pipeline, self.groups.mesh.pp, micro_batches, schedule.chunks, makes_pairs(self.config))
         check_pipeline(made)
         self.reason = f"{schedule.pipeline}, {micro_batches} micro-batches over {made.layout.num_stages} stages"
-        self.reason += ", forward under backward passes" if pairs and self.blocks else ""
-        return Program.of(made, self.groups.coordinate.pp, self.stages, overlap=pairs)
+        self.reason += ", transfers under other compute" if hides and self.blocks else ""
+        return Program.of(made, self.groups.coordinate.pp, self.stages, overlap=hides)
 
     def table(self, micro_batches: int) -> Table:
         """The order of a step without a pipeline."""

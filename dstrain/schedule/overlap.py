@@ -7,22 +7,64 @@ under compute of the other. For block f of the forward and block b of the backwa
                  | combine(B b) | dispatch(F f) | dispatch(B b)                        | combine(F f)
 
 (above compute, below the transfer that is under way meanwhile). B shared b runs before B experts b. The two stages of a
-pair may have different numbers of blocks; what one has more runs in the plain order. No torch.
+pair may have different numbers of blocks; what one has more runs in the plain order. Weight gradients that stand alone
+in the table, as zero-bubble schedules have them, fill the transfers of the op before them. Weight gradients of different
+courses keep their order, and with it what stages share has its sums. No torch.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from dstrain.schedule.action import Action, Pass, Phase
 from dstrain.schedule.pipeline import Kind, Op, Slot
-from dstrain.schedule.table import backward, forward
+from dstrain.schedule.table import backward, forward, starts
 
 # What a kind of op runs in its backward pass.
 WORKS = {Kind.BACKWARD: (Pass.BACKWARD, Pass.WEIGHT), Kind.INPUT: (Pass.BACKWARD,), Kind.WEIGHT: (Pass.WEIGHT,)}
 
 
 def expand(slots: Sequence[Slot], blocks: Sequence[int], *, overlap: bool) -> list[Action]:
-    """The actions of a rank. `blocks`: MoE blocks of every stage; without `overlap`, pairs run one after the other."""
-    return [action for slot in slots for action in _of_slot(slot, blocks, overlap=overlap)]
+    """The actions of a rank. `blocks`: MoE blocks of every stage, whose tokens travel; without `overlap`, one op runs
+    after the other."""
+    found: list[Action] = []
+    following = [*slots[1:], ()]
+    filled = False
+    for slot, after in zip(slots, following, strict=True):
+        if filled:
+            filled = False
+        elif overlap and _leaves_gaps(slot, blocks) and len(after) == 1 and after[0].kind is Kind.WEIGHT:
+            found += _filled(slot[0], after[0], blocks)
+            filled = True
+        else:
+            found += _of_slot(slot, blocks, overlap=overlap)
+    return found
+
+
+def _leaves_gaps(slot: Slot, blocks: Sequence[int]) -> bool:
+    """Whether it has transfers, and no weight gradients of its own to hide them."""
+    return len(slot) == 1 and slot[0].kind in (Kind.FORWARD, Kind.INPUT) and blocks[slot[0].stage] > 0
+
+
+def _filled(op: Op, weight: Op, blocks: Sequence[int]) -> Iterator[Action]:
+    """The phases of `op`, and under its transfers those of the weight gradients that come next, in equal shares."""
+    host, rest = list(_plain(op, blocks[op.stage])), deque(_plain(weight, blocks[weight.stage]))
+    gaps, places, done = 0, sum(starts(action, blocks[op.stage]) is not None for action in host), set()
+    left_at = [len(rest) * (places - gap) // places for gap in range(places + 1)]
+    for action in host:
+        yield action
+        done.add(action)
+        if starts(action, blocks[op.stage]) is not None:
+            gaps += 1
+            while len(rest) > left_at[gaps] and _ready(rest[0], op, done):
+                yield rest.popleft()
+    yield from rest
+
+
+def _ready(weight: Action, op: Op, done: set[Action]) -> bool:
+    """Whether the input gradients that it belongs to are there; those of other micro-batches have long been."""
+    own = weight.course == (op.stage, op.micro_batch)
+    return not own or replace(weight, work=Pass.BACKWARD) in done
 
 
 def _of_slot(slot: Slot, blocks: Sequence[int], *, overlap: bool) -> Iterator[Action]:

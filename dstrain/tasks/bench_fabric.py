@@ -62,7 +62,7 @@ def _check_pipeline(case: Case, point: FabricRoot) -> None:
         )
         return
     need(point.pp > 1, name, "a pipeline has several ranks", "Set pp=2 and ranks_per_node to a multiple of it.")
-    broken = rule_broken(case.pipeline, point.pp, point.micro_batches, overlap=case.overlap)
+    broken = rule_broken(case.pipeline, point.pp, point.micro_batches)
     if broken is not None:
         raise ConfigError(*name, broken.rule, f"{broken.cure}.")
 

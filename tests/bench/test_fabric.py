@@ -81,7 +81,6 @@ def test_pipelines_from_outside(tmp_path: Path):
     [
         ("rank/fp8/2", "cases=rank/fp8/2: pp=2 cuts the model into stages"),
         ("megatron", "cases=megatron: pp=2 cuts the model into stages"),
-        ("rank/fp8/zb_v+overlap", "cases=rank/fp8/zb_v+overlap: zb_v has no overlapped pairs"),
         (
             "rank/fp8/dualpipev",
             "cases=rank/fp8/dualpipev: dualpipev on 2 pipeline ranks needs at least 4 micro-batches",

@@ -20,8 +20,6 @@ BROKEN = [
     ("schedule.pipeline", {"schedule__pipeline": "gpipe", "mesh__pp": 1}, "no such choice", "dualpipev"),
     ("mesh.pp", {"schedule__pipeline": "dualpipe", "mesh__pp": 3}, "even", "4"),
     ("schedule.chunks", {"schedule__pipeline": "interleaved", "schedule__chunks": 1}, "at least 2", ""),
-    ("schedule.overlap", {"schedule__pipeline": "zb_v", "schedule__overlap": True}, "no overlapped pairs", "dualpipev"),
-    ("schedule.overlap", {"schedule__pipeline": "zb_1p", "schedule__overlap": True}, "no overlapped pairs", "leave"),
     # Too few micro-batches, with one, two and four sequences for each.
     (
         "train.sequences",

@@ -173,6 +173,6 @@ def test_overlap_changes_no_bit(pipeline: str, kind: str):
     config = config_of(2, 2, pipeline=pipeline)
     config = replace(config, dispatch=replace(config.dispatch, kind=kind))
     for overlapped, plain in spawn(in_both_orders, 4, config, timeout_s=120):
-        assert overlapped["order"] == f"{plain['order']}, forward under backward passes"
+        assert overlapped["order"] == f"{plain['order']}, transfers under other compute"
         assert overlapped["figures"] == plain["figures"]
         assert all(torch.equal(overlapped["weights"][name], plain["weights"][name]) for name in plain["weights"])

@@ -133,7 +133,7 @@ def test_the_programs_of_all_ranks_are_the_step(pipeline: str):
         assert {action.course for action in program.table} == set(program.courses)
         assert len(program.table) == 12 * len(program.courses)
         assert program.traffic is not None
-    paired = ", forward under backward passes" if pipeline in ("dualpipe", "dualpipev") else ""
+    paired = "" if pipeline in ("1f1b", "interleaved") else ", transfers under other compute"
     assert reason == f"{pipeline}, 8 micro-batches over {stages} stages{paired}"
 
 
@@ -141,7 +141,7 @@ def test_the_programs_of_all_ranks_are_the_step(pipeline: str):
 def test_pairs_where_they_are_asked_for(pipeline: str):
     apart, _ = programs(8, pipeline=pipeline)
     paired, reason = programs(8, pipeline=pipeline, overlap=True)
-    assert reason.endswith(", forward under backward passes")
+    assert reason.endswith(", transfers under other compute")
     assert [set(program.table) for program in paired] == [set(program.table) for program in apart]
     assert [program.table for program in paired] != [program.table for program in apart]
 
@@ -151,7 +151,8 @@ def test_pairs_where_they_are_asked_for(pipeline: str):
     [
         ("1f1b", 2, None, False, False),
         ("1f1b", 2, True, True, True),
-        ("zb_v", 2, None, False, False),
+        ("zb_v", 2, None, False, True),
+        ("zb_1p", 1, None, False, False),
         ("dualpipe", 2, None, False, True),
         ("dualpipev", 1, None, False, False),
         ("dualpipev", 1, True, False, True),

@@ -77,6 +77,31 @@ def test_every_schedule_is_legal_with_any_stages(name: str, overlap: bool):
 
 
 def test_the_halves_of_a_backward_pass_expand_apart():
-    half = expand([(Op(Kind.INPUT, 1, 3),), (Op(Kind.WEIGHT, 1, 3),)], (0, 1), overlap=True)
+    half = expand([(Op(Kind.INPUT, 1, 3),), (Op(Kind.WEIGHT, 1, 3),)], (0, 1), overlap=False)
     order = [(Phase.ATTEND, 1), (Phase.SHARED, 0), (Phase.EXPERTS, 0), (Phase.ATTEND, 0)]
     assert half == [Action(work, *place, 3, 1) for work in (Pass.BACKWARD, Pass.WEIGHT) for place in order]
+
+
+def test_weight_gradients_fill_the_transfers_of_the_op_before_them():
+    """Of the micro-batch itself, each comes behind the input gradients that it belongs to."""
+    own = expand([(Op(Kind.INPUT, 1, 3),), (Op(Kind.WEIGHT, 1, 3),)], (0, 1), overlap=True)
+    assert words(own) == [
+        *("B attend 1", "W attend 1", "B shared 0", "B experts 0"),
+        *("W shared 0", "W experts 0", "B attend 0", "W attend 0"),
+    ]
+    other = expand([(Op(Kind.FORWARD, 0, 5),), (Op(Kind.WEIGHT, 1, 3),)], (1, 1), overlap=True)
+    assert words(other) == [
+        *("F attend 0", "W attend 1", "W shared 0", "F shared 0", "F experts 0"),
+        *("W experts 0", "W attend 0", "F attend 1"),
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_gradients_keep_their_order(name: str):
+    """From course to course, also of different stages: sums of what they share are formed in one order."""
+    made = make(name, 4, 8)
+    for slots in made.ranks:
+        tables = [expand(slots, [2] * made.layout.num_stages, overlap=overlap) for overlap in (True, False)]
+        weights = [[action.course for action in table if action.work is Pass.WEIGHT] for table in tables]
+        assert weights[0] == weights[1]
+        assert tables[0] != tables[1] or name in ("1f1b", "interleaved")

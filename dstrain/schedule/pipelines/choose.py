@@ -35,7 +35,7 @@ def layout(name: str, ranks: int, chunks: int = 2) -> Layout:
     return _LAYOUTS[name](ranks, chunks)
 
 
-def rule_broken(name: str, ranks: int, micro_batches: int, chunks: int = 2, overlap: bool = False) -> Broken | None:
+def rule_broken(name: str, ranks: int, micro_batches: int, chunks: int = 2) -> Broken | None:
     """The first rule that `make` would be given the wrong arguments for, or None."""
     if name not in NAMES:
         return Broken("name", f"is no pipeline schedule ({', '.join(NAMES)})", "Take one of them")
@@ -44,8 +44,6 @@ def rule_broken(name: str, ranks: int, micro_batches: int, chunks: int = 2, over
         return Broken("ranks", "dualpipe feeds both ends and needs an even number of pipeline ranks", cure)
     if name == "interleaved" and chunks < 1:
         return Broken("chunks", "a rank holds at least one stage", "Take 2")
-    if overlap and name in ("zb_1p", "zb_v"):
-        return Broken("overlap", f"{name} has no overlapped pairs", "Take dualpipev, or leave overlap out")
     return _micro_batches_broken(name, ranks, micro_batches)
 
 

@@ -10,7 +10,7 @@ SIZES = list(itertools.product(range(1, 8), range(1, 20), (1, 2, 3), (False, Tru
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_keeps_the_rules_is_legal(name: str):
-    allowed = [size for size in SIZES if rule_broken(name, *size) is None]
+    allowed = [size for size in SIZES if rule_broken(name, *size[:3]) is None]
     assert len({ranks for ranks, *_ in allowed}) >= 3
     for ranks, micro_batches, chunks, overlap in allowed:
         pipeline = make(name, ranks, micro_batches, chunks, overlap)
@@ -41,7 +41,6 @@ def test_overlap_makes_pairs(name: str):
         (("interleaved", 4, 1), "micro_batches", "nearest number allowed is 4"),
         (("interleaved", 4, 8, 0), "chunks", "at least one stage. Take 2"),
         (("1f1b", 4, 0), "micro_batches", "at least 1 micro-batches"),
-        (("zb_v", 4, 8, 2, True), "overlap", "zb_v has no overlapped pairs"),
     ],
 )
 def test_broken_rules_come_with_a_cure(size: tuple, argument: str, words: str):
