@@ -6,6 +6,7 @@ field, its value, the rule and the cure; the first one found is the one reported
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 from operator import attrgetter
 from typing import Any
 
@@ -290,7 +291,8 @@ def check_show(config: ShowRoot) -> None:
         check_micro_batches(config, config.micro_batches, ("micro_batches", config.micro_batches))
     rule = "it has three times: of a forward pass, of input gradients and of weight gradients"
     need(len(config.times) == 3, ("times", list(config.times)), rule, "times='[1,1,1]' is usual.")
-    need(min(config.times) > 0, ("times", list(config.times)), "a time is above 0", "Raise it.")
+    legal = all(0 < time < inf for time in config.times)
+    need(legal, ("times", list(config.times)), "a time is above 0, and finite", "times='[1,1,1]' is usual.")
     above_zero(config, "pair")
 
 
@@ -329,7 +331,7 @@ def _check_world(config: Config, world_size: int) -> None:
     if world_size % unit:
         value = f"{{pp: {mesh.pp}, ep: {mesh.ep}}}"
         sizes = f"{unit}, {2 * unit}, {3 * unit}, ..."
-        cure = f"Start {sizes} processes (torchrun --nproc-per-node), or change mesh.ep."
+        cure = f"Start {sizes} processes (torchrun --nproc-per-node), or change mesh.pp or mesh.ep."
         raise ConfigError("mesh", value, f"pp*ep={unit} does not divide the number of processes, {world_size}", cure)
 
 

@@ -35,7 +35,7 @@ class ShowRoot(Config):
     # Time of an overlapped pair, as a share of its two parts one after the other.
     pair: float = 1.0
     # Prefix of a picture (.png) and a timeline for Perfetto (.json), or one file: .png, .json, .txt (the table), or
-    # .csv (for torch.distributed.pipelining). "": <pipeline>-<ranks>x<micro-batches>.
+    # .csv (for torch.distributed.pipelining). Of a directory and "", the prefix is <pipeline>-<ranks>x<micro-batches>.
     out: str = ""
 
 

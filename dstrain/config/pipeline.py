@@ -76,7 +76,8 @@ def check_stages(config: Config) -> None:
         stages <= layers,
         ("mesh.pp", ranks),
         f"pipeline={schedule.pipeline} makes {stages} stages, and model.num_layers={layers}",
-        f"Set mesh.pp to at most {layers * ranks // stages}, or take more layers or a pipeline with fewer stages.",
+        f"Set mesh.pp to at most {layers * ranks // stages} or model.num_layers to at least {stages}, or take a "
+        "pipeline with fewer stages.",
     )
     if not schedule.split:
         return

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from rich.console import Console
+
 from dstrain.config.commands import ShowRoot
 from dstrain.errors import ConfigError, UserError
 from dstrain.schedule import draw, listing, timeline
@@ -53,11 +55,12 @@ def run(config: ShowRoot) -> None:
         require_own(path)
     for path in paths:
         write(shown, path)
+    # It ends without noise when what reads its output, `head` say, has seen enough.
+    console = Console(highlight=False)
     for line in console_lines(shown, shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH):
-        print(line)
-    print(f"\nwritten: {', '.join(map(str, paths))}{' (open it at ui.perfetto.dev)' if len(paths) > 1 else ''}")
-    others = [what for suffix, what in ABOUT.items() if suffix not in {path.suffix for path in paths}]
-    print(f"out= also takes {', '.join(others)}")
+        console.print(line, soft_wrap=True, markup=False)
+    for line in about_files(paths):
+        console.print(line, soft_wrap=True, markup=False)
 
 
 def play_table(config: ShowRoot) -> Shown:
@@ -93,9 +96,17 @@ def console_lines(shown: Shown, width: int) -> Iterator[str]:
     yield from listing.summary(shown.pipeline, shown.figures)
 
 
+def about_files(paths: Sequence[Path]) -> list[str]:
+    others = [what for suffix, what in ABOUT.items() if suffix not in {path.suffix for path in paths}]
+    viewer = " (open it at ui.perfetto.dev)" if any(path.suffix == ".json" for path in paths) else ""
+    return [f"\nwritten: {', '.join(map(str, paths))}{viewer}", f"out= also takes {', '.join(others)}"]
+
+
 def outputs(out: str, pipeline: Pipeline) -> list[Path]:
-    """One file where `out` names its kind, otherwise picture and timeline under that prefix."""
-    prefix = out or f"{pipeline.name}-{len(pipeline.ranks)}x{pipeline.micro_batches}"
+    """One file where `out` names its kind, otherwise picture and timeline under that prefix or in that directory."""
+    prefix = out
+    if not out or out.endswith("/") or Path(out).is_dir():
+        prefix = str(Path(out) / f"{pipeline.name}-{len(pipeline.ranks)}x{pipeline.micro_batches}")
     if Path(prefix).suffix in WRITERS:
         return [Path(prefix)]
     return [Path(f"{prefix}.png"), Path(f"{prefix}.json")]

@@ -1,5 +1,6 @@
 """`dstrain schedule split`: which layers each stage of a pipeline holds, and what they cost."""
 
+import sys
 from dataclasses import fields, replace
 
 from rich.console import Console
@@ -13,6 +14,9 @@ from dstrain.mesh.groups import Place
 from dstrain.plan.split import Stage, part_costs, split, stage_cost
 from dstrain.schedule.pipelines.choose import layout
 
+# A pipe has no width of its own.
+PIPE_WIDTH = 120
+
 
 def run(config: SplitRoot) -> None:
     """Prints the stages; with measure=true, times the parts first and prints the key that keeps the times."""
@@ -22,7 +26,7 @@ def run(config: SplitRoot) -> None:
     if config.measure:
         measured = rounded(measure(config, Place.from_environment().device, config.rounds))
         config = replace(config, schedule=replace(config.schedule, part_ms=measured))
-    console = Console(highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     console.print(stage_table(config))
     for line in notes(config):
         console.print(line, soft_wrap=True, markup=False)

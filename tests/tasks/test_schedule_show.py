@@ -1,6 +1,9 @@
 """`dstrain schedule show` as a user meets it."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +61,22 @@ def test_a_prefix(show):
     assert sorted(path.name for path in Path("pictures").iterdir()) == ["v.json", "v.png"]
 
 
+@pytest.mark.parametrize("out", ["new/", "there", "."])
+def test_a_directory(show, out: str):
+    Path("there").mkdir()
+    assert show(*TABLE, f"out={out}")[0] == 0
+    assert {path.name for path in Path(out).iterdir()} - {"there"} == {"dualpipev-4x10.json", "dualpipev-4x10.png"}
+
+
+def test_a_reader_that_has_seen_enough(tmp_path: Path):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "dstrain", "schedule", "show", *TABLE]
+    ended = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, cwd=tmp_path, timeout=120, check=False)
+    os.close(write_end)
+    assert ended.stderr == b""
+
+
 @pytest.mark.parametrize("name", ["dualpipev-4x10.png", "dualpipev-4x10.json"])
 def test_files_of_others_stay(show, name: str):
     Path(name).write_text("mine")
@@ -94,6 +113,8 @@ def test_the_batch_of_a_recipe(show):
             ("dualpipev", "mesh.pp=4", "micro_batches=5"),
             "micro_batches=5: dualpipev on 4 pipeline ranks needs at least 8",
         ),
+        ((*TABLE, "times=[1,inf,1]"), "times=[1.0, inf, 1.0]: a time is above 0, and finite."),
+        ((*TABLE, "times=[1,0,1]"), "times=[1.0, 0.0, 1.0]: a time is above 0, and finite."),
         (("1f1b",), "mesh.pp=1: a pipeline has several ranks. Set mesh.pp=4, say."),
         (("dualpipe", "mesh.pp=4", "out=t.csv"), "dualpipe holds every stage on two ranks, which torch's pipelining"),
     ],

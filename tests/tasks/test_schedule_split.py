@@ -13,7 +13,6 @@ def split(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_pa
     """Runs `dstrain schedule split ...`: (status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")
-    monkeypatch.setenv("COLUMNS", "120")
 
     def run(*arguments: str) -> tuple[int, str, str]:
         status = cli.status_of(["schedule", "split", *arguments])
