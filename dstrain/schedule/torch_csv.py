@@ -14,7 +14,7 @@ def to_csv(pipeline: Pipeline) -> str:
     if pipeline.layout.mirrored:
         raise UserError(
             f"{pipeline.name} holds every stage on two ranks, which torch's pipelining cannot express. "
-            "Take dualpipev: the same order on half of the ranks"
+            "Take dualpipev: the same order on half of the ranks."
         )
     return "".join(",".join(_slot(slot) for slot in slots) + "\n" for slots in pipeline.ranks)
 

@@ -6,7 +6,6 @@ that is shown. What all of them hold together must be the model as its dimension
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -27,8 +26,8 @@ from dstrain.schedule.choose import makes_pairs
 from dstrain.schedule.figures import Figures, StageCosts, figures
 from dstrain.schedule.pipelines.choose import make
 
-# A pipe has no width of its own.
-PIPE_WIDTH = 170
+# What the tables need; squeezed into less, they would cut figures off.
+TABLE_WIDTH = 170
 KINDS = ("dispatch", "combine", "pipe", "grad", "param")
 ASSUMED = (
     "Balanced routing: equally many rows come to every expert.",
@@ -60,7 +59,8 @@ def run(config: DryrunRoot) -> None:
         raise UserError("dstrain dryrun plays all ranks itself: run it as one process, without torchrun.")
     if config.out and Path(config.out).exists():
         raise ConfigError("out", config.out, "it is there already", "Choose another name, or remove it.")
-    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    console = Console(highlight=False)
+    console.width = max(console.width, TABLE_WIDTH)
     with console.status("building every stage"):
         layout = run_layout(config)
     for line in headline(layout):

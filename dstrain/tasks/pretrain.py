@@ -106,9 +106,10 @@ def _train(config: Config, groups: Groups, directory: RunDirectory, stack: ExitS
 
 def ending(trainer: Trainer, directory: RunDirectory) -> str:
     """Where the run is, and how it goes on if it was stopped before its last step."""
-    step, steps = trainer.progress.step, trainer.config.train.steps
+    step, steps, mesh = trainer.progress.step, trainer.config.train.steps, trainer.config.mesh
     if step < steps:
-        again = f"dstrain train {shlex.quote(f'run.dir={directory.path}')} train.resume=auto"
+        program = "dstrain" if mesh.pp * mesh.ep == 1 else "torchrun ... -m dstrain"
+        again = f"{program} train {shlex.quote(f'run.dir={directory.path}')} train.resume=auto"
         return f"stopped and saved after step {step} of {steps}; go on with: {again}"
     return f"{step} steps done; everything is in {directory.path}"
 

@@ -42,6 +42,13 @@ def test_a_pipeline(dryrun):
     assert 0 < found["bubble_share"] < 1
 
 
+def test_a_narrow_terminal_cuts_no_figures_off(dryrun, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = dryrun(*PIPELINE)
+    assert "optimizer GiB" in out
+    assert "…" not in out
+
+
 def test_a_single_rank(dryrun):
     status, out, _ = dryrun("+experiment=tiny_cpu")
     assert status == 0
