@@ -181,8 +181,9 @@ class PartCosts:
     """
 
     embedding: float = 0.0
-    # A layer with a dense feed-forward network, and one with experts.
+    # A layer with a dense feed-forward network.
     dense: float = 0.0
+    # A layer with experts.
     moe: float = 0.0
     # An MTP module with its use of the head.
     mtp: float = 0.0

@@ -28,7 +28,7 @@ class Observer:
         """What is wrong if a timeline cannot be written, on rank 0."""
         for warning in self._links.after_step(report.comm):
             self._say(warning)
-        if self.groups.ep is not None and report.order != self._order:
+        if (self.groups.ep or self.groups.pp) and report.order != self._order:
             self._order = report.order
             self._say(f"schedule: {report.order}")
         if report.progress.step not in self.trace_steps:

@@ -8,8 +8,8 @@ under compute of the other. For block f of the forward and block b of the backwa
 
 (above compute, below the transfer that is under way meanwhile). B shared b runs before B experts b. The two stages of a
 pair may have different numbers of blocks; what one has more runs in the plain order. Weight gradients that stand alone
-in the table, as zero-bubble schedules have them, fill the transfers of the op before them. Weight gradients of different
-courses keep their order, and with it what stages share has its sums. No torch.
+in the table, as zero-bubble schedules have them, fill the transfers of the op before them. Those of different courses
+keep their order, so that gradients of what stages share are summed in one order. No torch.
 """
 
 from collections import deque

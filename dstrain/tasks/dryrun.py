@@ -57,8 +57,8 @@ def run(config: DryrunRoot) -> None:
     """Prints the tables and writes `out`. Raises RuntimeError if the ranks do not add up to the model."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("dstrain dryrun plays all ranks itself: run it as one process, without torchrun.")
-    if config.out and Path(config.out).exists():
-        raise ConfigError("out", config.out, "it is there already", "Choose another name, or remove it.")
+    if config.out:
+        claim(config.out)
     console = Console(highlight=False)
     console.width = max(console.width, TABLE_WIDTH)
     with console.status("building every stage"):
@@ -71,6 +71,19 @@ def run(config: DryrunRoot) -> None:
     if config.out:
         write(layout, Path(config.out))
         console.print(f"Written: {config.out}", soft_wrap=True, markup=False)
+
+
+def claim(out: str) -> None:
+    """Finds out before the work whether the file can be written. Raises ConfigError."""
+    path = Path(out)
+    if path.exists():
+        raise ConfigError("out", out, "it is there already", "Choose another name, or remove it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        path.unlink()
+    except OSError as error:
+        raise ConfigError("out", out, f"it cannot be written ({error.strerror})", "Choose another place.") from error
 
 
 def run_layout(config: DryrunRoot) -> LayoutRun:
