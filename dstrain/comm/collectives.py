@@ -62,14 +62,12 @@ class Reducing:
     x: Tensor
     peers: Peers | None
     op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
-    # As what the account has it.
-    kind: str = "reduce"
 
     def __post_init__(self) -> None:
         if self.peers is None:
             return
         peers, num_bytes = self.peers, self.x.numel() * self.x.element_size()
-        self._transfer = transfer = peers.trace.begin(self.kind, peers.name)
+        self._transfer = transfer = peers.trace.begin("reduce", peers.name)
         peers.trace.sent(transfer, ring_link(peers), 2 * num_bytes * (peers.size - 1) // peers.size)
         with self._naming(peers):
             self._work = dist.all_reduce(self.x, op=self.op, group=peers.group, async_op=True)
@@ -80,10 +78,10 @@ class Reducing:
         who = names(others) if len(others) == 1 else f"one of {names(others)}"
         return naming(f"{who} (group {peers.name})", others, self._transfer)
 
-    def wait(self) -> Tensor:
-        """x, with the result in it. Raises PeerError."""
+    def wait(self, kind: str | None = None) -> Tensor:
+        """x, with the result in it; `kind`: as what the account has the wait. Raises PeerError."""
         if self.peers is not None:
-            with self._naming(self.peers), self.peers.trace.waiting(self._transfer):
+            with self._naming(self.peers), self.peers.trace.waiting(self._transfer, kind):
                 self._work.wait()
         return self.x
 

@@ -151,9 +151,10 @@ class Trace:
         transfer.end_s = time.perf_counter()
 
     @contextmanager
-    def waiting(self, transfer: Transfer | None = None) -> Iterator[None]:
-        """Around every wait of compute, which is timed by the clock on a CPU, and on a GPU on the current stream."""
-        kind, on_gpu = transfer.kind if transfer else "other", self.device.type == "cuda"
+    def waiting(self, transfer: Transfer | None = None, kind: str | None = None) -> Iterator[None]:
+        """Around every wait of compute, which is timed by the clock on a CPU, and on a GPU on the current stream.
+        `kind`: what is really waited for, if it is not the transfer."""
+        kind, on_gpu = kind or (transfer.kind if transfer else "other"), self.device.type == "cuda"
         began = time.perf_counter()
         with self._events(self._waits, kind) if on_gpu else nullcontext():
             yield

@@ -121,9 +121,10 @@ class _Sums:
         """Until the sums over all ranks are there."""
         if self._missing:
             raise RuntimeError("a micro-batch has not run forward")
-        reducing = self._reducing or Reducing(self._own, self._peers, kind=STAGES)
-        layers = self._shape_LE[0]
-        self.parts_5, self.entropy_L, load = reducing.wait().split((5, layers, self._shape_LE.numel()))
+        layers, kind = self._shape_LE[0], None
+        if self._reducing is None:
+            self._reducing, kind = Reducing(self._own, self._peers), STAGES
+        self.parts_5, self.entropy_L, load = self._reducing.wait(kind).split((5, layers, self._shape_LE.numel()))
         self.load_LE = load.view(self._shape_LE)
 
 

@@ -140,8 +140,12 @@ def lost(rank: int, world: int, reads: bool) -> str:
     peers = everyone(dist.new_group(timeout=timedelta(seconds=5)))
     peers.trace.label = Label(stage=1, micro_batch=2, direction="forward", step=7)
     way = Way(peers, 1 - rank, 0)
+    # Not before the other one is connected.
+    first = torch.zeros(1)
     if rank == 1:
+        dist.recv(first, group_src=0, group=peers.group, tag=9)
         os._exit(1)
+    dist.send(first, group_dst=1, group=peers.group, tag=9)
     with pytest.raises(PeerError) as raised:
         inbox(way).take("pipe") if reads else send_until_it_fails(way)
     # The barrier at the end would wait for the other one.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.config.schema import Config, EngineConfig, MeshConfig, PrecisionConfig
+from dstrain.config.schema import Config, EngineConfig, PrecisionConfig
 from dstrain.engine import deepspeed
 from dstrain.engine.deepspeed import VERSION, check_deepspeed
 from dstrain.errors import ConfigError
@@ -30,7 +30,6 @@ def test_accepts(stage: int, offload: bool):
     [
         ("engine.zero_stage", replace(GOOD, engine=EngineConfig("deepspeed", zero_stage=0))),
         ("engine.zero_stage", replace(GOOD, engine=EngineConfig("deepspeed", zero_stage=3))),
-        ("mesh.pp", replace(GOOD, mesh=MeshConfig(pp=2))),
         ("precision.grad_wire_dtype", replace(GOOD, precision=PrecisionConfig(grad_wire_dtype="bfloat16"))),
     ],
 )
