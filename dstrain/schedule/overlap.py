@@ -3,13 +3,14 @@
 The order of DeepSeek-V3's training trace (https://github.com/deepseek-ai/profile-data): each transfer of one pass runs
 under compute of the other. For block f of the forward and block b of the backward pass:
 
-    B attend b+1 | F attend f   | B experts b   | W experts b, F shared f, F experts f | B attend b, W attend b | ...
-                 | combine(B b) | dispatch(F f) | dispatch(B b)                        | combine(F f)
+    B attend b+1 | B, W shared b, F attend f | F shared f, B experts b | W experts b, F experts f | B, W attend b | ...
+                 | combine(B b)              | dispatch(F f)           | dispatch(B b)            | combine(F f)
 
-(above compute, below the transfer that is under way meanwhile). B shared b runs before B experts b. The two stages of a
-pair may have different numbers of blocks; what one has more runs in the plain order. Weight gradients that stand alone
-in the table, as zero-bubble schedules have them, fill the transfers of the op before them. Those of different courses
-keep their order, so that gradients of what stages share are summed in one order. No torch.
+(above compute, below the transfer that is under way meanwhile). Shared experts may run in several places; here they
+fill the two windows that have least to do. The two stages of a pair may have different numbers of blocks; what one has
+more runs in the plain order. Weight gradients that stand alone in the table, as zero-bubble schedules have them, fill
+the transfers of the op before them. Those of different courses keep their order, so that gradients of what stages share
+are summed in one order. No torch.
 """
 
 from collections import deque
@@ -88,22 +89,24 @@ def pair(ahead: Op, back: Op, blocks: Sequence[int]) -> Iterator[Action]:
     def there(phase: Phase, block: int) -> Action:
         return Action(Pass.FORWARD, phase, block, ahead.micro_batch, ahead.stage)
 
-    def home(phase: Phase, block: int, *works: Pass) -> Iterator[Action]:
-        asked = WORKS[back.kind]
-        return (Action(w, phase, block, back.micro_batch, back.stage) for w in works or asked if w in asked)
+    def home(phase: Phase, block: int) -> Iterator[Action]:
+        return (Action(w, phase, block, back.micro_batch, back.stage) for w in WORKS[back.kind])
 
     last_there, last_home = blocks[ahead.stage], blocks[back.stage]
     yield from home(Phase.ATTEND, last_home)
     for n in range(max(last_there, last_home)):
         block = last_home - 1 - n
-        if n <= last_there:
+        if n == last_there:
+            # The next stage waits for it.
             yield there(Phase.ATTEND, n)
         if block >= 0:
-            yield from home(Phase.SHARED, block, Pass.BACKWARD)
-            yield from home(Phase.EXPERTS, block)
-            yield from home(Phase.SHARED, block, Pass.WEIGHT)
+            yield from home(Phase.SHARED, block)
         if n < last_there:
+            yield there(Phase.ATTEND, n)
             yield there(Phase.SHARED, n)
+        if block >= 0:
+            yield from home(Phase.EXPERTS, block)
+        if n < last_there:
             yield there(Phase.EXPERTS, n)
         if block >= 0:
             yield from home(Phase.ATTEND, block)

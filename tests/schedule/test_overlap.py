@@ -20,9 +20,9 @@ def words(actions: list[Action]) -> list[str]:
 
 
 def test_a_pair_runs_in_the_order_of_the_trace():
-    begins = ["B attend 2", "W attend 2", "F attend 0", "B shared 1", "B experts 1", "W experts 1", "W shared 1"]
-    goes_on = ["F shared 0", "F experts 0", "B attend 1", "W attend 1", "F attend 1", "B shared 0", "B experts 0"]
-    ends = ["W experts 0", "W shared 0", "F shared 1", "F experts 1", "B attend 0", "W attend 0", "F attend 2"]
+    begins = ["B attend 2", "W attend 2", "B shared 1", "W shared 1", "F attend 0", "F shared 0", "B experts 1"]
+    goes_on = ["W experts 1", "F experts 0", "B attend 1", "W attend 1", "B shared 0", "W shared 0", "F attend 1"]
+    ends = ["F shared 1", "B experts 0", "W experts 0", "F experts 1", "B attend 0", "W attend 0", "F attend 2"]
     assert words(list(pair(AHEAD, BACK, (2, 2)))) == begins + goes_on + ends
 
 
