@@ -25,7 +25,7 @@ from dstrain.schedule.run import run_stages
 
 def pipeline(case: Case, ranks: int, micro_batches: int) -> Pipeline:
     """The table of a case. 1f1b and interleaved get pairs where passes are to overlap."""
-    return make(case.pipeline, ranks, micro_batches, overlap=case.overlap and case.pipeline in ("1f1b", "interleaved"))
+    return make(case.pipeline, ranks, micro_batches, overlap=case.overlap)
 
 
 def alone(made: Pipeline) -> Pipeline:

@@ -34,7 +34,7 @@ from dstrain.precision.flops import FlopCounter
 from dstrain.schedule.action import Pass
 from dstrain.schedule.choose import Orders, Program
 from dstrain.schedule.run import DIRECTIONS, run_stages
-from dstrain.schedule.table import actions, check_courses, peak_in_flight
+from dstrain.schedule.table import actions, peak_in_flight
 
 META = torch.device("meta")
 # "dispatch", "combine", "pipe", "grad" or "param", and "node" or "network" -> bytes that the rank sends.
@@ -115,7 +115,6 @@ def _run(config: Config, groups: Groups) -> RankRun:
     blocks = model.blocks if groups.ep else (0,) * len(model.blocks)
     orders = Orders(config, groups, blocks)
     program = orders.program(micro_batches(config))
-    check_courses(program.table, {course: blocks[course[0]] for course in program.courses})
     stages = tuple(_pass(config, groups, model, blocks, Counter(stage for stage, _ in program.courses)))
     logicals = logical_parameters(model)
     return RankRun(

@@ -174,6 +174,7 @@ class Trainer:
         # Where nothing travels, there is nothing to cut a graph for: a whole stage is one stretch.
         blocks = self.model.blocks if self.groups.ep else (0,) * len(self.model.blocks)
         self.orders = Orders(self.config, self.groups, blocks)
+        self._users = {x.name: self.model.users(x.name) for x in logical_parameters(self.model)}
         self.edges: Pipe | NoEdges = Pipe(self.groups) if self.groups.pp else NoEdges()
 
     def accumulate(self) -> _Sums:
@@ -205,8 +206,7 @@ class Trainer:
     def _gradients(self, program: Program) -> dict[str, int]:
         """How many gradients each parameter gets in a step."""
         courses = Counter(stage for stage, _ in program.courses)
-        names = [logical.name for logical in logical_parameters(self.model)]
-        return {name: sum(courses[stage] for stage in self.model.users(name)) for name in names}
+        return {name: sum(courses[stage] for stage in users) for name, users in self._users.items()}
 
     def forward_and_backward(self, program: Program, starts: Mapping[tuple[int, int], StartWalk]) -> None:
         """Over this rank's part of the micro-batches of a step."""

@@ -40,11 +40,6 @@ def in_flight(config: Config, groups: Groups, micro_batches: int) -> int:
     return min(asked, micro_batches)
 
 
-def makes_pairs(config: Config) -> bool:
-    """Whether a schedule that has no pairs of its own is to have some."""
-    return config.schedule.overlap is True and config.schedule.pipeline in PLAIN
-
-
 def overlaps(config: Config) -> bool:
     """Whether the two passes of a pair interleave, and weight gradients fill transfers."""
     asked = config.schedule.overlap
@@ -102,7 +97,7 @@ class Orders:
 
     def _pipelined(self, micro_batches: int) -> Program:
         schedule, hides = self.config.schedule, overlaps(self.config)
-        made = make(schedule.pipeline, self.groups.mesh.pp, micro_batches, schedule.chunks, makes_pairs(self.config))
+        made = make(schedule.pipeline, self.groups.mesh.pp, micro_batches, schedule.chunks, schedule.overlap is True)
         check_pipeline(made)
         self.reason = f"{schedule.pipeline}, {micro_batches} micro-batches over {made.layout.num_stages} stages"
         self.reason += ", transfers under other compute" if hides and self.blocks else ""

@@ -9,8 +9,9 @@ and the weight gradient put off from there on is counted apart, as DeepSeek coun
 stage needs for a micro-batch; where ranks hold several stages, each is smaller.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from dstrain.schedule.pipeline import Kind, Op, Pipeline, Products, Slot, walk
 
@@ -113,40 +114,19 @@ def figures(pipeline: Pipeline, costs: StageCosts) -> Figures:
 
 def peak_live(slots: Sequence[Slot]) -> int:
     """The most activations that a rank holds at once; in a pair, that of the forward op is there beside the other."""
-    live = peak = 0
-    for op in (op for slot in slots for op in slot):
-        if op.kind is Kind.FORWARD:
-            live += 1
-            peak = max(peak, live)
-        elif op.kind is not Kind.WEIGHT:
-            live -= 1
-    return peak
+    return _peak(slots, {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.INPUT: -1})
 
 
 def peak_pending(slots: Sequence[Slot]) -> int:
     """The most weight gradients that a rank has put off at once."""
-    pending = peak = 0
-    for op in (op for slot in slots for op in slot):
-        if op.kind is Kind.INPUT:
-            pending += 1
-            peak = max(peak, pending)
-        elif op.kind is Kind.WEIGHT:
-            pending -= 1
-    return peak
+    return _peak(slots, {Kind.INPUT: 1, Kind.WEIGHT: -1})
+
+
+def _peak(slots: Sequence[Slot], changes: Mapping[Kind, int]) -> int:
+    return max(accumulate(changes.get(op.kind, 0) for slot in slots for op in slot))
 
 
 def messages(pipeline: Pipeline) -> list[int]:
     """How many tensors each rank sends to others in a step."""
-    last = pipeline.layout.num_stages - 1
-    return [
-        sum(_leaves(op, rank, last, pipeline) for slot in slots for op in slot)
-        for rank, slots in enumerate(pipeline.ranks)
-    ]
-
-
-def _leaves(op: Op, rank: int, last: int, pipeline: Pipeline) -> bool:
-    """Whether another rank waits for what the op makes."""
-    if op.kind is Kind.WEIGHT or op.stage == (last if op.kind is Kind.FORWARD else 0):
-        return False
-    reader = op.stage + (1 if op.kind is Kind.FORWARD else -1)
-    return pipeline.rank_of[reader, op.micro_batch] != rank
+    targets = [[pipeline.target(op) for slot in slots for op in slot] for slots in pipeline.ranks]
+    return [sum(at is not None and at[1] != rank for at in found) for rank, found in enumerate(targets)]

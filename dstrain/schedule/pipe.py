@@ -15,7 +15,7 @@ from dstrain.comm.p2p import Inbox, Outbox, Way
 from dstrain.comm.trace import STAGES
 from dstrain.mesh.groups import Groups
 from dstrain.schedule.action import Pass
-from dstrain.schedule.pipeline import Kind, Op, Pipeline
+from dstrain.schedule.pipeline import Kind, Pipeline
 
 # Kernels of NCCL that wait for data from other ranks keep calls of CUDA waiting that in turn wait for the device (the
 # first use of a library, for example): a receive that is posted long before its tensor leaves stopped a first step for
@@ -28,19 +28,13 @@ PASSES = {Kind.FORWARD: Pass.FORWARD, Kind.BACKWARD: Pass.BACKWARD, Kind.INPUT: 
 Edge = tuple[Pass, int, int]
 
 
-def leaving(pipeline: Pipeline, op: Op) -> tuple[Edge, int] | None:
-    """What leaves a stage when an op ends, and the pp index that it goes to."""
-    work = PASSES.get(op.kind)
-    target = op.stage + (1 if work is Pass.FORWARD else -1)
-    if work is None or not 0 <= target < pipeline.layout.num_stages:
-        return None
-    return (work, min(op.stage, target), op.micro_batch), pipeline.rank_of[target, op.micro_batch]
-
-
 def departures(pipeline: Pipeline, rank: int) -> Iterator[tuple[Edge, int]]:
-    """All that leaves the stages of a pp index, in the order of its slots: on every way, that of the sends."""
-    ops = (op for slot in pipeline.ranks[rank] for op in slot)
-    return (found for op in ops if (found := leaving(pipeline, op)) is not None)
+    """All that leaves the stages of a pp index, with the pp index that it goes to, in the order of the slots: on every
+    way, that of the sends."""
+    for op in (op for slot in pipeline.ranks[rank] for op in slot):
+        target = pipeline.target(op)
+        if target is not None:
+            yield (PASSES[op.kind], min(op.stage, target[0]), op.micro_batch), target[1]
 
 
 @dataclass(frozen=True)

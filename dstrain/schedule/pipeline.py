@@ -99,6 +99,13 @@ class Pipeline:
             if op.kind is Kind.FORWARD
         }
 
+    def target(self, op: Op) -> tuple[int, int] | None:
+        """The stage that takes what an op makes, and the rank that runs it for the micro-batch; None if none does."""
+        stage = op.stage + (1 if op.kind is Kind.FORWARD else -1)
+        if op.kind is Kind.WEIGHT or not 0 <= stage < self.layout.num_stages:
+            return None
+        return stage, self.rank_of[stage, op.micro_batch]
+
 
 @dataclass(frozen=True)
 class Products:

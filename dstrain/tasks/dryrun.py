@@ -22,7 +22,6 @@ from dstrain.errors import ConfigError, UserError
 from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import mesh_of
 from dstrain.plan.count import Parameters, parameters
-from dstrain.schedule.choose import makes_pairs
 from dstrain.schedule.figures import Figures, StageCosts, figures
 from dstrain.schedule.pipelines.choose import make
 
@@ -112,7 +111,7 @@ def play(config: DryrunRoot, ranks: Sequence[RankRun]) -> Figures | None:
     if config.mesh.pp == 1:
         return None
     schedule, stages = config.schedule, {stage.number: stage for rank in ranks for stage in rank.stages}
-    table = make(schedule.pipeline, config.mesh.pp, micro_batches(config), schedule.chunks, makes_pairs(config))
+    table = make(schedule.pipeline, config.mesh.pp, micro_batches(config), schedule.chunks, schedule.overlap is True)
     times = [(s.forward_flops, s.input_flops, s.weight_flops) for _, s in sorted(stages.items())]
     forward, inputs, weights = (tuple(flops / 1e12 for flops in column) for column in zip(*times, strict=True))
     return figures(table, StageCosts(forward, inputs, weights))

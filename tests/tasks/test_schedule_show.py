@@ -4,24 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from dstrain import cli
-
 
 @pytest.fixture
-def show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
-    """Runs `dstrain schedule show ...` in an empty folder: (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        status = cli.status_of(["schedule", "show", *arguments])
-        return status, *capsys.readouterr()
-
-    return run
+def show(command):
+    return partial(command, "schedule", "show")
 
 
 TABLE = ("dualpipev", "mesh.pp=4", "micro_batches=10")

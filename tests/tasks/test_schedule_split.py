@@ -1,24 +1,14 @@
 """`dstrain schedule split` as a user meets it."""
 
 import re
-from pathlib import Path
+from functools import partial
 
 import pytest
 
-from dstrain import cli
-
 
 @pytest.fixture
-def split(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
-    """Runs `dstrain schedule split ...`: (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        status = cli.status_of(["schedule", "split", *arguments])
-        return status, *capsys.readouterr()
-
-    return run
+def split(command):
+    return partial(command, "schedule", "split")
 
 
 def rows(out: str) -> list[list[str]]:
