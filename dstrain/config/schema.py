@@ -164,7 +164,8 @@ class DispatchConfig:
     # auto | local | alltoall (a row per token and expert) | rank (a row per token and rank) | hierarchical (a row per
     # token and node over the slow link) | deepep (GPU only); where mesh.ep is 1, nothing travels and all are local
     kind: str = "auto"
-    # Format of rows and gradients on the way to the experts; back, it is the compute dtype: auto (the same) | float32 |
+    # Format of rows and gradients on the way to the experts; back, it is the compute dtype: auto (that of
+    # precision.products) | float32 |
     # bfloat16 | fp8 (E4M3, a scale per 128) | fp4 (E2M1, a scale per 32; an experiment)
     wire: str = "auto"
     # Rows that the experts of a rank take at once; more go through in chunks that are computed again in the backward
@@ -214,14 +215,31 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Master weights, gradient accumulation and the router are FP32 whatever is set here."""
+    """Master weights, gradient accumulation, router, norms, embedding, head and the core of attention keep their
+    precision whatever is set here."""
 
     # Dtype of parameters and activations in the forward and backward pass: float32 | bfloat16
     compute_dtype: str = "bfloat16"
-    # Dtype of AdamW's two moments: float32 | bfloat16
+    # AdamW's two moments: float32 | bfloat16 | int8 (blocks of 256 with a scale each; needs torchao, engine.name=torch)
     moments_dtype: str = "bfloat16"
     # Dtype of gradients on the wire; they are summed in FP32 after arrival: float32 | bfloat16
     grad_wire_dtype: str = "float32"
+    # The three products of every Linear and of the experts: compute (in compute_dtype) | fp8 (DeepSeek-V3 section 3.3:
+    # E4M3, scales for 1x128 of activations and 128x128 of weights) | mxfp8 (E4M3, a scale per 32 of both; Blackwell)
+    products: str = "compute"
+    # Scales of fp8: power_of_two (UE8M0: DeepSeek-V3.1 and later; mxfp8 has no others) | plain (FP32, V3 as published)
+    scales: str = "power_of_two"
+    # What computes them: auto | reference (anything) | triton (SM 8.9 and up) | scaled_mm (torch, SM 9.0) | deepgemm
+    # (SM 9.0 and up) | mxfp8 (torch, SM 10.0)
+    backend: str = "auto"
+    # Names of modules that keep the compute dtype, as shell patterns: "layers.0.*", "*.attn.o", "*.experts"
+    exclude: tuple[str, ...] = ()
+    # Tiles of activation gradients: rows (1x128) | blocks (128x128, which diverged in DeepSeek-V3 appendix B.2)
+    gradient_tiles: str = "rows"
+    # Parameters of such products that ranks gather after an update: compute (in compute_dtype) | fp8
+    gather: str = "compute"
+    # Steps between records of amax and of what is lost by underflow and overflow; 0: none.
+    watch_every_steps: int = 0
 
 
 @dataclass(frozen=True)
