@@ -1,0 +1,62 @@
+"""A tensor that is already quantised, for functions that know of it; for all others it is what it stands for.
+
+What arrives in FP8 and what several products share is quantised once: a `QuantizedTensor` has shape and dtype of the
+tensor it stands for, so that autograd gives it gradients of that dtype, and holds values and scales alone. Linear layers
+and experts (precision/products.py) use them as they are; any other operation sees the dequantised tensor.
+
+Shapes: ... leading dimensions, D of a row, S = ceil(D / tile).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from dstrain.precision.formats import TILE
+from dstrain.precision.quantize import Quantized, dequantize_rows
+
+_aten = torch.ops.aten
+
+
+class QuantizedTensor(Tensor):
+    """`values` [..., D], float8_e4m3fn, times `scale` [..., S], FP32, seen as a tensor of `dtype`."""
+
+    values: Tensor
+    scale: Tensor
+    tile: int
+
+    @staticmethod
+    def __new__(cls, values: Tensor, scale: Tensor, dtype: torch.dtype, tile: int = TILE) -> "QuantizedTensor":
+        seen: QuantizedTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, values.shape, strides=values.stride(), dtype=dtype, device=values.device
+        )
+        seen.values, seen.scale, seen.tile = values, scale, tile
+        return seen
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"QuantizedTensor({tuple(self.shape)}, {self.dtype}, tiles of {self.tile})"
+
+    @property
+    def rows(self) -> Quantized:
+        """As a matrix, [N, D]."""
+        return Quantized(self.values.flatten(0, -2), self.scale.flatten(0, -2), self.tile)
+
+    def dequantize(self) -> Tensor:
+        return dequantize_rows(Quantized(self.values, self.scale, self.tile)).to(self.dtype)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in (_aten.detach.default, _aten.alias.default):
+            return args[0]._like(args[0].values, args[0].scale)
+        if func is _aten.view.default and args[1][-1] == args[0].shape[-1]:
+            x, leading = args[0], args[1][:-1]
+            return x._like(x.values.view(*leading, x.shape[-1]), x.scale.view(*leading, x.scale.shape[-1]))
+        plain_args, plain_kwargs = tree_map_only(cls, cls.dequantize, (args, dict(kwargs or {})))
+        return func(*plain_args, **plain_kwargs)
+
+    def _like(self, values: Tensor, scale: Tensor) -> "QuantizedTensor":
+        return QuantizedTensor(values, scale, self.dtype, self.tile)
