@@ -87,6 +87,8 @@ class DeepSpeedEngine:
         for x in self._logicals:
             if not x.keeps_fp32:
                 x.parameter.data = x.parameter.data.to(getattr(torch, self.config.precision.compute_dtype))
+            # As in engine/sharding.py.
+            x.parameter.grad_dtype = torch.float32
         self._zero = make_zero(self._logicals, self.config, self.groups)
         # DeepSpeed takes its master weights from the parameters, which have just been rounded.
         for x, shard, fragment in self._fragments():

@@ -136,6 +136,8 @@ def make_bucket(
     slots = [Slot(logical, start) for logical, start in zip(logicals, starts, strict=True)]
     for slot in slots:
         slot.logical.parameter.data = compute[slot.start : slot.end].view_as(slot.logical.parameter)
+        # A function that adds up in FP32 may hand over its gradient as it is; autograd would round it.
+        slot.logical.parameter.grad_dtype = torch.float32
     return Bucket(
         slots, peers, compute, torch.zeros_like(wide), AdamShard.of(master, moments_dtype, logicals[0].decays)
     )
@@ -217,8 +219,7 @@ class ShardedEngine:
         if parameter.grad is None:
             # Autograd came past; the gradient is computed later (precision/weight_gradients.py).
             return
-        # Widened first: torch adds mixed dtypes at a quarter of the speed.
-        bucket.grad[slot.start : slot.end] += parameter.grad.flatten().float()
+        bucket.grad[slot.start : slot.end] += parameter.grad.flatten()
         parameter.grad = None
         bucket.missing -= 1
         if bucket.missing == 0:
