@@ -1,7 +1,7 @@
 """The plain meaning of quantising: E4M3 values with a scale for each tile. Every fast form must equal it bit by bit.
 
     rows      1x128     a token's channels: products over channels
-    columns   128x1     a channel's tokens: products over tokens, hence stored transposed; the rows of every expert begin
+    columns   128x1     a channel's tokens: products over tokens, hence stored transposed; the rows of each expert begin
                         a tile of their own
     blocks    128x128   weights
 

@@ -1,13 +1,13 @@
 """A tensor that is already quantised, for functions that know of it; for all others it is what it stands for.
 
-What arrives in FP8 and what several products share is quantised once: a `QuantizedTensor` has shape and dtype of the
-tensor it stands for, so that autograd gives it gradients of that dtype, and holds values and scales alone. Linear layers
+What arrives in FP8 and what several products share is quantised once: `QuantizedTensor` has shape and dtype of the
+tensor it stands for, so that autograd gives it gradients of that dtype, and holds values and scales alone. Linears
 and experts (precision/products.py) use them as they are; any other operation sees the dequantised tensor.
 
 Shapes: ... leading dimensions, D of a row, S = ceil(D / tile).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -48,14 +48,16 @@ class QuantizedTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(
-        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None
     ) -> Any:
         if func in (_aten.detach.default, _aten.alias.default):
             return args[0]._like(args[0].values, args[0].scale)
         if func is _aten.view.default and args[1][-1] == args[0].shape[-1]:
             x, leading = args[0], args[1][:-1]
             return x._like(x.values.view(*leading, x.shape[-1]), x.scale.view(*leading, x.scale.shape[-1]))
-        plain_args, plain_kwargs = tree_map_only(cls, cls.dequantize, (args, dict(kwargs or {})))
+        if func is _aten.slice.Tensor and args[1] == 0 and args[0].dim() > 1:
+            return args[0]._like(*(func(part, *args[1:]) for part in (args[0].values, args[0].scale)))
+        plain_args, plain_kwargs = tree_map_only(cls, cls.dequantize, (args, kwargs or {}))
         return func(*plain_args, **plain_kwargs)
 
     def _like(self, values: Tensor, scale: Tensor) -> "QuantizedTensor":
