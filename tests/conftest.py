@@ -1,4 +1,4 @@
-"""Where there is no GPU, Triton's interpreter takes the place of its compiler; this is said before Triton is imported."""
+"""Without a GPU, Triton's interpreter takes the place of its compiler; this is said before Triton is imported."""
 
 import os
 
