@@ -85,5 +85,6 @@ class Attention(nn.Module):
         return causal_attention(q, k, v, self.scale).transpose(1, 2).flatten(-2)
 
     def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        x_BTD = self.kv_a.prepared(x_BTD)
         latent, k_rope = self.compress(x_BTD, cos_TR, sin_TR)
         return self.o(self.attend(self.query_latent(x_BTD), latent, k_rope, cos_TR, sin_TR))

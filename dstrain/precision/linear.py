@@ -1,6 +1,7 @@
-"""Linear layers and embeddings whose weight gradients can be computed apart (weight_gradients.py).
+"""Linear layers and embeddings whose weight gradients can be computed apart (weight_gradients.py), in FP8 where asked for
+(products.py).
 
-Shapes: ... leading dimensions, K in, M out, V vocabulary, D hidden.
+Shapes: ... leading dimensions, K in, M out, F inner width of a SwiGLU, V vocabulary, D hidden.
 """
 
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from dstrain.precision.products import Products, gated, product, quantized
+from dstrain.precision.swiglu import swiglu
 from dstrain.precision.weight_gradients import WeightGradients, used
 
 
@@ -54,14 +57,31 @@ class _Use(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear without bias, through `linear`."""
+    """nn.Linear without bias, through `linear`, or in FP8 where it has `products`, by the name of its parameter."""
+
+    products: dict[str, Products] | None = None
 
     def __init__(self, in_features: int, out_features: int, *, shared: bool = False):
         super().__init__(in_features, out_features, bias=False)
         self.shared = shared
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, shared=self.shared)
+        if self.products is None:
+            return linear(x, self.weight, shared=self.shared)
+        return product(x, self.weight, None, self.products["weight"], used(self.weight, shared=self.shared))
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """For this and for other layers like it, which then have no need to quantise `x` each for itself."""
+        return x if self.products is None else quantized(x, self.products["weight"])
+
+
+class GatedLinear(Linear):
+    """SwiGLU of the input, [..., 2F], then Linear: [..., M]."""
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        if self.products is None:
+            return linear(swiglu(gate_up), self.weight)
+        return gated(gate_up, None, self.weight, None, self.products["weight"], used(self.weight))
 
 
 class Embedding(nn.Embedding):

@@ -94,8 +94,8 @@ def quantized(x: Tensor, products: Products) -> Tensor:
 def _matrix(x: Tensor, tile: int) -> Tensor | Quantized:
     """[R, K]; as it arrived, if it is quantised in such tiles."""
     if isinstance(x, QuantizedTensor):
-        if x.tile == tile:
-            return x.rows
+        if x.held.tile == tile:
+            return x.matrix
         x = x.dequantize()
     return x.reshape(-1, x.shape[-1])
 

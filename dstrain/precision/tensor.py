@@ -7,7 +7,7 @@ and experts (precision/products.py) use them as they are; any other operation se
 Shapes: ... leading dimensions, D of a row, S = ceil(D / tile).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,42 +23,40 @@ _aten = torch.ops.aten
 class QuantizedTensor(Tensor):
     """`values` [..., D], float8_e4m3fn, times `scale` [..., S], FP32, seen as a tensor of `dtype`."""
 
-    values: Tensor
-    scale: Tensor
-    tile: int
+    held: Quantized
 
     @staticmethod
     def __new__(cls, values: Tensor, scale: Tensor, dtype: torch.dtype, tile: int = TILE) -> "QuantizedTensor":
-        seen: QuantizedTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        seen: QuantizedTensor = Tensor._make_wrapper_subclass(
             cls, values.shape, strides=values.stride(), dtype=dtype, device=values.device
         )
-        seen.values, seen.scale, seen.tile = values, scale, tile
+        seen.held = Quantized(values, scale, tile)
         return seen
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"QuantizedTensor({tuple(self.shape)}, {self.dtype}, tiles of {self.tile})"
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"QuantizedTensor({tuple(self.shape)}, {self.dtype}, tiles of {self.held.tile})"
 
     @property
-    def rows(self) -> Quantized:
-        """As a matrix, [N, D]."""
-        return Quantized(self.values.flatten(0, -2), self.scale.flatten(0, -2), self.tile)
+    def matrix(self) -> Quantized:
+        """[N, D] and [N, S]."""
+        return Quantized(self.held.values.flatten(0, -2), self.held.scale.flatten(0, -2), self.held.tile)
 
     def dequantize(self) -> Tensor:
-        return dequantize_rows(Quantized(self.values, self.scale, self.tile)).to(self.dtype)
+        return dequantize_rows(self.held).to(self.dtype)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None
     ) -> Any:
         if func in (_aten.detach.default, _aten.alias.default):
-            return args[0]._like(args[0].values, args[0].scale)
+            return args[0]._with(lambda part: part)
         if func is _aten.view.default and args[1][-1] == args[0].shape[-1]:
-            x, leading = args[0], args[1][:-1]
-            return x._like(x.values.view(*leading, x.shape[-1]), x.scale.view(*leading, x.scale.shape[-1]))
+            return args[0]._with(lambda part: part.view(*args[1][:-1], part.shape[-1]))
         if func is _aten.slice.Tensor and args[1] == 0 and args[0].dim() > 1:
-            return args[0]._like(*(func(part, *args[1:]) for part in (args[0].values, args[0].scale)))
+            return args[0]._with(lambda part: func(part, *args[1:]))
         plain_args, plain_kwargs = tree_map_only(cls, cls.dequantize, (args, kwargs or {}))
         return func(*plain_args, **plain_kwargs)
 
-    def _like(self, values: Tensor, scale: Tensor) -> "QuantizedTensor":
-        return QuantizedTensor(values, scale, self.dtype, self.tile)
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "QuantizedTensor":
+        """What `change` makes of values and scale."""
+        return QuantizedTensor(change(self.held.values), change(self.held.scale), self.dtype, self.held.tile)
