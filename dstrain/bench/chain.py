@@ -47,16 +47,21 @@ class Replay:
         tokens, no_grad_TK = len(x_TD), torch.zeros_like(route.weights_TK)
         counts_E = torch.full((self.experts,), tokens * self.rows_per_token // self.experts)
         counts_E[0] += tokens * self.rows_per_token - counts_E.sum()
-        way = Way("dispatch", lambda x, _: self._spread(x), lambda grad: Landed((grad[:tokens], no_grad_TK)))
-        return Started(way, lambda rows: Arrived(rows, counts_E, tokens), x_TD, route.weights_TK)
+        way = Way(
+            "dispatch",
+            lambda x, weights: Landed((self._spread(x), weights.t()[: self.rows_per_token].flatten())),
+            lambda grad, _: Landed((grad[:tokens], no_grad_TK)),
+            outputs=2,
+        )
+        return Started(way, lambda rows, weights: Arrived(rows, weights, counts_E, tokens), x_TD, route.weights_TK)
 
     def combine(self, rows_RD: Tensor, ticket: int) -> Started[Tensor]:
         """`ticket` is the number of tokens."""
-        way = Way("combine", lambda rows: Landed((rows[:ticket],)), self._spread)
+        way = Way("combine", lambda rows: Landed((rows[:ticket],)), lambda grad: Landed((self._spread(grad),)))
         return Started(way, lambda y: y, rows_RD)
 
-    def _spread(self, x_TD: Tensor) -> Landed:
-        return Landed((x_TD.repeat(self.rows_per_token, 1) if self.rows_per_token > 1 else x_TD,))
+    def _spread(self, x_TD: Tensor) -> Tensor:
+        return x_TD.repeat(self.rows_per_token, 1) if self.rows_per_token > 1 else x_TD
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Layer:
         return attended.x_BTD + self.compute.shared(attended.normed_BTD, self.block)
 
     def experts(self, arrived: Arrived) -> Tensor:
-        return self.compute.experts(arrived.rows_RD, arrived.counts_E.tolist(), self.block)
+        return self.compute.experts(arrived.rows_RD, arrived.counts_E.tolist(), self.block, arrived.weights_R)
 
     def combine(self, rows_RD: Tensor, arrived: Arrived) -> Handle[Tensor]:
         return self.dispatcher.combine(rows_RD, arrived.ticket)

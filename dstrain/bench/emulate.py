@@ -61,7 +61,8 @@ class Emulated:
     def shared(self, x_TD: Tensor, block: int) -> Tensor:
         return self._run(x_TD, Phase.SHARED, block)
 
-    def experts(self, rows_RD: Tensor, counts: Sequence[int], block: int) -> Tensor:
+    def experts(self, rows_RD: Tensor, counts: Sequence[int], block: int, weights_R: Tensor | None = None) -> Tensor:
+        """Without the weights: to multiply by them is compute, and all of that is the sleep. They get no gradient."""
         return self._run(rows_RD, Phase.EXPERTS, block)
 
     def _run(self, x: Tensor, phase: Phase, block: int) -> Tensor:

@@ -48,8 +48,8 @@ class Real(nn.Module):
         y_TD: Tensor = self.shared_experts[block](x_TD)
         return y_TD
 
-    def experts(self, rows_RD: Tensor, counts: Sequence[int], block: int) -> Tensor:
-        y_RD: Tensor = self.routed_experts[block](rows_RD, torch.tensor(counts))
+    def experts(self, rows_RD: Tensor, counts: Sequence[int], block: int, weights_R: Tensor | None = None) -> Tensor:
+        y_RD: Tensor = self.routed_experts[block](rows_RD, torch.tensor(counts), weights_R)
         return y_RD
 
 

@@ -49,20 +49,21 @@ class BalancedDispatcher:
         counts_E = torch.full((self.held,), rows // self.held, device=x_TD.device)
         way = BothWays(
             "dispatch",
-            lambda x, weights: self._fly(Way.DISPATCH, x.new_empty(rows, x.shape[1])),
-            lambda grad: self._fly(
+            lambda x, weights: self._fly(Way.DISPATCH, x.new_empty(rows, x.shape[1]), weights.new_empty(rows)),
+            lambda grad, _: self._fly(
                 Way.DISPATCH_GRADIENT, grad.new_empty(tokens, grad.shape[1]), torch.empty_like(route.weights_TK)
             ),
+            outputs=2,
         )
         return Started(way, partial(_arrived, counts_E, tokens), x_TD, route.weights_TK)
 
     def combine(self, rows_RD: Tensor, ticket: int) -> Started[Tensor]:
         """`ticket`: the number of tokens that are to come home."""
+        shape_RD = rows_RD.shape
         way = BothWays(
             "combine",
             lambda rows: self._fly(Way.COMBINE, rows.new_empty(ticket, rows.shape[1])),
-            lambda grad, rows: self._fly(Way.COMBINE_GRADIENT, torch.empty_like(rows)),
-            kept=(rows_RD.detach(),),
+            lambda grad: self._fly(Way.COMBINE_GRADIENT, grad.new_empty(shape_RD)),
         )
         return Started(way, lambda y_TD: y_TD, rows_RD)
 
@@ -74,5 +75,5 @@ class BalancedDispatcher:
         return Landed(result)
 
 
-def _arrived(counts_E: Tensor, tokens: int, rows_RD: Tensor) -> Arrived:
-    return Arrived(rows_RD, counts_E, tokens)
+def _arrived(counts_E: Tensor, tokens: int, rows_RD: Tensor, weights_R: Tensor) -> Arrived:
+    return Arrived(rows_RD, weights_R, counts_E, tokens)

@@ -1,7 +1,7 @@
 """What every transport offers a layer: the contract of dispatch/contract.py, around the four ways of its rows.
 
-    dispatch  forward    tokens to their experts           combine  forward    what the experts made, home
-              backward   gradients of those rows, home              backward   gradients of the tokens' sums, out
+    dispatch  forward    tokens and weights to their experts    combine  forward    what the experts made, home
+              backward   gradients of both, home                         backward   gradients of the tokens' sums, out
 
 Each way is started by one method and ends in a flight; dispatch/transfer.py makes them one graph.
 
@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
 
 from dstrain.comm.lane import Lane
@@ -30,19 +29,12 @@ class Ticket:
     label: Label
     # Known once the tokens have arrived.
     expansion: Expansion | None = None
-    # By pair, from the gradient of combine to that of dispatch.
-    weight_grad_N: Tensor | None = None
 
     @property
     def arrived(self) -> Expansion:
         if self.expansion is None:
             raise RuntimeError("combine was called before the dispatch had arrived")
         return self.expansion
-
-    def take_weight_grad(self) -> Tensor:
-        """By pair; zeros where combine had no backward pass."""
-        weight_grad_N, self.weight_grad_N = self.weight_grad_N, None
-        return torch.zeros_like(self.arrived.pair_weight_N) if weight_grad_N is None else weight_grad_N
 
 
 AnyTicket = TypeVar("AnyTicket", bound=Ticket)
@@ -59,17 +51,17 @@ class Carrier(ABC, Generic[AnyTicket]):
         way = Way(
             "dispatch",
             lambda x, weights: self._dispatch(x, route.experts_TK, weights, ticket),
-            lambda grad: self._dispatch_back(grad, ticket),
+            lambda grad, weight_grad: self._dispatch_back(grad, weight_grad, ticket),
+            outputs=2,
         )
-        return Started(way, lambda rows: Arrived(rows, ticket.arrived.counts_E, ticket), x_TD, route.weights_TK)
+
+        def arrive(rows_RD: Tensor, weights_R: Tensor) -> Arrived:
+            return Arrived(rows_RD, weights_R, ticket.arrived.counts_E, ticket)
+
+        return Started(way, arrive, x_TD, route.weights_TK)
 
     def combine(self, rows_RD: Tensor, ticket: AnyTicket) -> Started[Tensor]:
-        way = Way(
-            "combine",
-            lambda rows: self._combine(rows, ticket),
-            lambda grad, rows: self._combine_back(grad, rows, ticket),
-            kept=(rows_RD.detach(),),
-        )
+        way = Way("combine", lambda rows: self._combine(rows, ticket), lambda grad: self._combine_back(grad, ticket))
         return Started(way, lambda y: y, rows_RD)
 
     def close(self) -> None:
@@ -82,16 +74,16 @@ class Carrier(ABC, Generic[AnyTicket]):
 
     @abstractmethod
     def _dispatch(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, ticket: AnyTicket) -> Flying:
-        """Lands as the rows, [R, D], and the `counts_E` of what `ticket.expansion` then is."""
+        """Lands as the rows, [R, D], and the weights, FP32 [R], and counts of what `ticket.expansion` then is."""
 
     @abstractmethod
-    def _dispatch_back(self, grad_RD: Tensor, ticket: AnyTicket) -> Flying:
+    def _dispatch_back(self, grad_RD: Tensor, weight_grad_R: Tensor, ticket: AnyTicket) -> Flying:
         """Lands as the gradients of the tokens, [T, D], and of their weights, FP32 [T, K]."""
 
     @abstractmethod
     def _combine(self, rows_RD: Tensor, ticket: AnyTicket) -> Flying:
-        """Lands as the weighted sums of the tokens, [T, D]."""
+        """Lands as the sums of the tokens, [T, D]."""
 
     @abstractmethod
-    def _combine_back(self, grad_TD: Tensor, rows_RD: Tensor, ticket: AnyTicket) -> Flying:
-        """Lands as the gradient of the rows, [R, D]; that of the weights stays in the ticket."""
+    def _combine_back(self, grad_TD: Tensor, ticket: AnyTicket) -> Flying:
+        """Lands as the gradient of the rows, [R, D]: for each row that of its token."""

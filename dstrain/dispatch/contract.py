@@ -1,9 +1,13 @@
 """The contract between an MoE layer and whatever carries its tokens.
 
     handle = dispatcher.dispatch(x_TD, route)       start: every token sets out to its experts
-    arrived = handle.wait()                         the rows of this rank's experts, sorted by expert
+    arrived = handle.wait()                         the rows of this rank's experts, sorted by expert, and weights
     handle = dispatcher.combine(rows_RD, arrived.ticket)
-    y_TD = handle.wait()                            y[t] = sum over k of route.weights[t, k] * row of (t, k)
+    y_TD = handle.wait()                            y[t] = sum over k of the row of (t, k)
+
+The experts multiply by the weights, before their last product: so combine is a plain sum, its gradient reaches an
+expert as it left the token, and nothing of what the experts made is kept for the gradient of the weights. That one
+starts at the experts and goes home with the gradient of dispatch.
 
 A handle is a transfer that has started; what is computed between start and wait hides it, and the same holds for its
 backward pass: the backward of `wait` starts the gradient's transfer, the backward of the start waits for it. Between
@@ -35,6 +39,8 @@ class Arrived:
     """Rows for this rank's experts: the first counts_E[0] belong to its first expert, and so on."""
 
     rows_RD: Tensor
+    # The weight of each row, FP32, differentiable: an expert's output is to be multiplied by it.
+    weights_R: Tensor
     # int64, on the device of the rows: nothing on the host depends on it.
     counts_E: Tensor
     # What `combine` needs to find the way back; opaque to the layer, and without a graph.

@@ -9,7 +9,7 @@ tested on CPU with a stand-in for them, the calls of the kernels are not.
     gradient of dispatch  buffer.combine(handle, numbers)     with the gradients of the weights
 
 A row travels once to each rank, over the network once to each node. Rows out are BF16, or FP8 with FP32 scales that are
-powers of two; rows home are BF16. As in the other transports the expert's rank multiplies by the weights. The kernels
+powers of two; rows home are BF16. As with the other transports the weights are the experts' to apply. The kernels
 are issued from a lane: the host waits there, not in the main thread, for the number of rows that arrive. On V2 rows
 arrive in an order that changes from run to run, and with it the last bits of weight gradients. The trace gets the times
 of transfers, not their bytes.
@@ -241,33 +241,31 @@ class DeepEPDispatcher(Carrier[_Ticket]):
             wired, experts_RK, weights_RK, number, handle = self.port.dispatch(sent, experts_TK, weights_TK)
             slots_N, pairs = find_pairs(experts_RK, weights_RK, number)
             ticket.handle, ticket.slots_N, ticket.shape_RK = handle, slots_N, experts_RK.shape
-            ticket.expansion = Expansion.of(pairs, self.experts)
-            return ticket.expansion.expand(self._decode(wired, x_TD.dtype)), ticket.expansion.counts_E
+            ticket.expansion = to = Expansion.of(pairs, self.experts)
+            return to.expand(self._decode(wired, x_TD.dtype)), to.by_expert(pairs.weight_N), to.counts_E
 
         return self._fly("dispatch", "forward", ticket, work, x_TD, experts_TK, weights_TK)
 
-    def _dispatch_back(self, grad_ND: Tensor, ticket: _Ticket) -> Flying:
+    def _dispatch_back(self, grad_ND: Tensor, weight_grad_N: Tensor, ticket: _Ticket) -> Flying:
         def work() -> tuple[Tensor, ...]:
             numbers_RK = torch.zeros(ticket.shape_RK, device=grad_ND.device)
-            numbers_RK.view(-1).scatter_(0, ticket.slots_N, ticket.take_weight_grad())
-            return self.port.combine_numbers(ticket.arrived.expand_back(grad_ND), numbers_RK, ticket.handle)
+            numbers_RK.view(-1).scatter_(0, ticket.slots_N, ticket.arrived.by_pair(weight_grad_N))
+            return self.port.combine_numbers(ticket.arrived.sum(grad_ND), numbers_RK, ticket.handle)
 
-        return self._fly("dispatch", "backward", ticket, work, grad_ND)
+        return self._fly("dispatch", "backward", ticket, work, grad_ND, weight_grad_N)
 
     def _combine(self, rows_ND: Tensor, ticket: _Ticket) -> Flying:
         def work() -> tuple[Tensor, ...]:
-            return (self.port.combine(ticket.arrived.reduce(rows_ND), ticket.handle),)
+            return (self.port.combine(ticket.arrived.sum(rows_ND), ticket.handle),)
 
         return self._fly("combine", "forward", ticket, work, rows_ND)
 
-    def _combine_back(self, grad_TD: Tensor, rows_ND: Tensor, ticket: _Ticket) -> Flying:
+    def _combine_back(self, grad_TD: Tensor, ticket: _Ticket) -> Flying:
         def work() -> tuple[Tensor, ...]:
             wired = self.port.dispatch_again(self._encode(grad_TD), ticket.handle)
-            grad_RD = self._decode(wired, grad_TD.dtype)
-            grad_ND, ticket.weight_grad_N = ticket.arrived.reduce_back(grad_RD, rows_ND)
-            return (grad_ND,)
+            return (ticket.arrived.expand(self._decode(wired, grad_TD.dtype)),)
 
-        return self._fly("combine", "backward", ticket, work, grad_TD, rows_ND)
+        return self._fly("combine", "backward", ticket, work, grad_TD)
 
     def _fly(
         self, kind: str, direction: str, ticket: _Ticket, work: Callable[[], tuple[Tensor, ...]], *reads: Tensor

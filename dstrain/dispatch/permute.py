@@ -1,8 +1,8 @@
 """Pairs of a row and an expert, in the order of rows and in the order of experts, and sums over a row's pairs.
 
 A token, or a row that stands for it on its way, visits some experts: pairs (row, expert), in the order of rows. Experts
-want one row per pair, in the order of experts; what they return is summed over the pairs of each row. All of it costs a
-few passes over the pairs, however many experts there are.
+want one row per pair, in the order of experts; what they return is summed over the pairs of each row, and each of the
+two is the gradient of the other. All of it costs a few passes over the pairs, however many experts there are.
 
 Shapes: R rows, N pairs, E experts, D hidden, T tokens, K experts per token.
 """
@@ -48,20 +48,20 @@ class Bags:
         """Element n goes to target_N[n]; the elements of a target are summed in their order."""
         return Bags(sort(target_N), starts(target_N, targets))
 
-    def sum(self, rows_ND: Tensor, weight_N: Tensor | None = None) -> Tensor:
-        """The sums, [R, D], added in FP32 in a fixed order; `weight_N` (FP32) in the order of `order_N`."""
+    def sum(self, rows_ND: Tensor) -> Tensor:
+        """The sums, [R, D], added in FP32 in a fixed order."""
         # Narrow rows are widened first: on a CPU the kernel rounds BF16 sums away from zero where two are equally near.
         if rows_ND.dtype is torch.float32:
-            return self._sum(rows_ND, weight_N)
+            return self._sum(rows_ND)
         summed_RD = rows_ND.new_empty(len(self.start_R), rows_ND.shape[1])
         # By columns: every sum is over all of them, in one go, where it would need the counts of a block of rows.
         for columns in _blocks(rows_ND.shape[1], len(rows_ND), rows_ND.device):
             wide = rows_ND[:, columns].to(torch.float32, memory_format=torch.contiguous_format)
-            summed_RD[:, columns] = self._sum(wide, weight_N)
+            summed_RD[:, columns] = self._sum(wide)
         return summed_RD
 
-    def _sum(self, wide_ND: Tensor, weight_N: Tensor | None) -> Tensor:
-        return F.embedding_bag(self.order_N, wide_ND, self.start_R, mode="sum", per_sample_weights=weight_N)
+    def _sum(self, wide_ND: Tensor) -> Tensor:
+        return F.embedding_bag(self.order_N, wide_ND, self.start_R, mode="sum")
 
 
 def sort(keys_N: Tensor) -> Tensor:
@@ -89,46 +89,33 @@ def invert(order_N: Tensor) -> Tensor:
 class Expansion:
     """One row per pair, in the order of experts, then of rows."""
 
-    # Row and weight of each expanded row.
+    # Row of each expanded row.
     row_N: Tensor
-    weight_N: Tensor
     # Expanded row of each pair; summed over, the pairs of a row.
     bags: Bags
-    pair_weight_N: Tensor
     counts_E: Tensor
 
     @staticmethod
     def of(pairs: Pairs, num_experts: int) -> "Expansion":
         order_N = sort(pairs.expert_N)
         bags = Bags(invert(order_N), starts(pairs.row_N, pairs.rows))
-        return Expansion(
-            row_N=pairs.row_N[order_N],
-            weight_N=pairs.weight_N[order_N],
-            bags=bags,
-            pair_weight_N=pairs.weight_N,
-            counts_E=count(pairs.expert_N, num_experts),
-        )
+        return Expansion(pairs.row_N[order_N], bags, count(pairs.expert_N, num_experts))
 
     def expand(self, rows_RD: Tensor) -> Tensor:
         """Each row once for each of its experts, [N, D]."""
         return rows_RD.index_select(0, self.row_N)
 
-    def expand_back(self, grad_ND: Tensor) -> Tensor:
-        """Gradient of `expand`: [R, D] in the dtype of `grad_ND`."""
-        return self.bags.sum(grad_ND)
+    def sum(self, rows_ND: Tensor) -> Tensor:
+        """The sum over each row's experts, [R, D] in the dtype of `rows_ND`."""
+        return self.bags.sum(rows_ND)
 
-    def reduce(self, rows_ND: Tensor) -> Tensor:
-        """The weighted sum over each row's experts, [R, D]."""
-        return self.bags.sum(rows_ND, self.pair_weight_N)
+    def by_expert(self, numbers_N: Tensor) -> Tensor:
+        """A number of each pair, in the order of expanded rows."""
+        return torch.empty_like(numbers_N).scatter_(0, self.bags.order_N, numbers_N)
 
-    def reduce_back(self, grad_RD: Tensor, rows_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of `reduce`: of the rows, [N, D], and of the weights in the order of pairs, FP32 [N]."""
-        grad_ND, weight_grad_N = torch.empty_like(rows_ND), torch.empty_like(self.weight_N)
-        for block in _blocks(len(rows_ND), rows_ND.shape[1], rows_ND.device):
-            wide_ND = grad_RD.index_select(0, self.row_N[block]).float()
-            weight_grad_N[block] = rows_ND[block].to(torch.float32, copy=True).mul_(wide_ND).sum(1)
-            grad_ND[block] = wide_ND.mul_(self.weight_N[block, None])
-        return grad_ND, weight_grad_N[self.bags.order_N]
+    def by_pair(self, numbers_N: Tensor) -> Tensor:
+        """A number of each expanded row, in the order of pairs: the inverse of `by_expert`, and its gradient."""
+        return numbers_N[self.bags.order_N]
 
 
 def _blocks(length: int, width: int, device: torch.device) -> Iterator[slice]:

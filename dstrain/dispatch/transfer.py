@@ -1,7 +1,7 @@
 """The autograd of a started transfer.
 
     start     inputs leave                           backward: waits for the gradients of the inputs
-    wait      waits for the output                   backward: the gradient of the output leaves
+    wait      waits for the outputs                  backward: the gradients of the outputs leave
 
 so that what is computed between start and wait hides the transfer in both directions. Between the two the graph is an
 empty token; tensors travel beside it, since there is none with the shape of either end until it has arrived.
@@ -39,12 +39,11 @@ class Way:
     """A transfer in both directions."""
 
     kind: str
-    # The inputs leave; the first tensor of the result is the output.
+    # The inputs leave; the result begins with the outputs.
     depart: Callable[..., Flying]
-    # The gradient of the output leaves, with what was kept; the result are the gradients of the inputs.
+    # The gradients of the outputs leave, zeros for one that nobody used; the result are the gradients of the inputs.
     depart_back: Callable[..., Flying]
-    # Tensors that the way back needs, besides what the ticket holds.
-    kept: tuple[Tensor, ...] = ()
+    outputs: int = 1
     flight: Flying | None = None
 
     def land(self) -> tuple[Tensor, ...]:
@@ -57,12 +56,12 @@ class Way:
 class Started(Generic[Result]):
     """The handle of `way`, whose inputs leave at once; `finish` turns what arrives into what the caller gets."""
 
-    def __init__(self, way: Way, finish: Callable[[Tensor], Result], *inputs: Tensor):
+    def __init__(self, way: Way, finish: Callable[..., Result], *inputs: Tensor):
         self.way, self.finish = way, finish
         self.token: Tensor = _Start.apply(way, *inputs)
 
     def wait(self) -> Result:
-        return self.finish(_Wait.apply(self.token, self.way))
+        return self.finish(*_Wait.apply(self.token, self.way))
 
 
 class _Start(torch.autograd.Function):
@@ -80,15 +79,12 @@ class _Start(torch.autograd.Function):
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, way: Way) -> Tensor:
-        output, *_ = way.land()
+    def forward(ctx: Any, token: Tensor, way: Way) -> tuple[Tensor, ...]:
         ctx.way = way
-        ctx.save_for_backward(*way.kept)
-        way.kept = ()
-        return output
+        return way.land()[: way.outputs]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.way.flight = ctx.way.depart_back(grad, *ctx.saved_tensors)
-        return grad.new_empty(0), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.way.flight = ctx.way.depart_back(*grads)
+        return grads[0].new_empty(0), None

@@ -1,13 +1,13 @@
 """What every transport does: rows over its hops, to the experts and back, forward and backward.
 
     dispatch            tokens in the wire format over the hops, each row once for each of its experts
-    combine             weighted sum over a row's experts, home over the hops in reverse, summed wherever rows meet
-    gradient of combine   as dispatch, on the same legs; yields the gradient of the weights at the experts' rank
-    gradient of dispatch  as combine without weights; takes the gradient of the weights along
+    combine             sum over a row's experts, home over the hops in reverse, summed wherever rows meet
+    gradient of combine   as dispatch, on the same legs
+    gradient of dispatch  as combine; takes the gradient of the weights along
 
-The expert's rank multiplies by the weights, in FP32. Sums are FP32 inside a rank; between ranks rows travel home in the
-compute dtype. Out they travel in the wire format: quantised once, where they start, and forwarded as bytes. All of it
-happens in a lane, off the main thread.
+The weights go to the experts and are theirs to apply. Sums are FP32 inside a rank; between ranks rows travel home in
+the compute dtype. Out they travel in the wire format: quantised once, where they start, and forwarded as bytes. All of
+it happens in a lane, off the main thread.
 
 Shapes: T tokens, K experts per token, D hidden, B bytes of a row, A arrived rows, R rows by expert, N pairs.
 """
@@ -56,8 +56,8 @@ class Transport(Carrier[HopTicket]):
     def _dispatch(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, ticket: HopTicket) -> Flying:
         def unload(cargo: tuple[Tensor, Pairs]) -> tuple[Tensor, ...]:
             bytes_AB, pairs = cargo
-            ticket.expansion = Expansion.of(pairs, self.experts)
-            return ticket.expansion.expand(self._decode(bytes_AB, ticket)), ticket.expansion.counts_E
+            ticket.expansion = to = Expansion.of(pairs, self.experts)
+            return to.expand(self._decode(bytes_AB, ticket)), to.by_expert(pairs.weight_N), to.counts_E
 
         return self._fly(
             "dispatch",
@@ -68,32 +68,31 @@ class Transport(Carrier[HopTicket]):
             (x_TD, experts_TK, weights_TK),
         )
 
-    def _dispatch_back(self, grad_RD: Tensor, ticket: HopTicket) -> Flying:
+    def _dispatch_back(self, grad_RD: Tensor, weight_grad_R: Tensor, ticket: HopTicket) -> Flying:
         def load() -> tuple[Tensor, Tensor]:
-            return ticket.arrived.expand_back(grad_RD), ticket.take_weight_grad()
+            return ticket.arrived.sum(grad_RD), ticket.arrived.by_pair(weight_grad_R)
 
         def unload(cargo: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
             x_grad_TD, weight_grad_N = cargo
             return x_grad_TD, weight_grad_N.view(ticket.shape_TK)
 
         label = replace(ticket.label, direction="backward")
-        return self._fly("dispatch", label, lambda t: self._homeward(t, ticket, True), load, unload, (grad_RD,))
+        reads = (grad_RD, weight_grad_R)
+        return self._fly("dispatch", label, lambda t: self._homeward(t, ticket, True), load, unload, reads)
 
     def _combine(self, rows_RD: Tensor, ticket: HopTicket) -> Flying:
         return self._fly(
             "combine",
             replace(ticket.label, direction="forward"),
             lambda transfer: self._homeward(transfer, ticket, False),
-            lambda: (ticket.arrived.reduce(rows_RD), None),
+            lambda: (ticket.arrived.sum(rows_RD), None),
             lambda cargo: (cargo[0],),
             (rows_RD,),
         )
 
-    def _combine_back(self, grad_TD: Tensor, rows_RD: Tensor, ticket: HopTicket) -> Flying:
+    def _combine_back(self, grad_TD: Tensor, ticket: HopTicket) -> Flying:
         def unload(bytes_AB: Tensor) -> tuple[Tensor, ...]:
-            grad_AD = self._decode(bytes_AB, ticket)
-            grad_RD, ticket.weight_grad_N = ticket.arrived.reduce_back(grad_AD, rows_RD)
-            return (grad_RD,)
+            return (ticket.arrived.expand(self._decode(bytes_AB, ticket)),)
 
         def outward(transfer: Transfer) -> list[Crossing]:
             return [
@@ -107,7 +106,7 @@ class Transport(Carrier[HopTicket]):
             outward,
             lambda: self._encode(grad_TD, ticket),
             unload,
-            (grad_TD, rows_RD),
+            (grad_TD,),
         )
 
     def _homeward(self, transfer: Transfer, ticket: HopTicket, with_numbers: bool) -> list[Crossing]:

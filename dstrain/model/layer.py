@@ -3,7 +3,7 @@
     attend    norm, attention, residual, norm, router          compute
     dispatch  tokens set out to their experts                  communication
     experts   the routed experts of this rank                  compute
-    combine   results come home, weighted and summed           communication
+    combine   results come home, summed                        communication
 
 `forward` runs them in order, with the shared expert in the shadow of the dispatch; a schedule may call them one by one
 and put other work between. A dense layer is all `attend`.
@@ -124,7 +124,7 @@ class MoELayer(DecoderLayer):
         return attended.x_BTD + self.moe.shared(attended.normed_BTD) if self.moe.shared else attended.x_BTD
 
     def experts(self, arrived: Arrived) -> Tensor:
-        return self.moe.experts(arrived.rows_RD, arrived.counts_E)
+        return self.moe.experts(arrived.rows_RD, arrived.counts_E, arrived.weights_R)
 
     def combine(self, rows_RD: Tensor, arrived: Arrived) -> Handle[Tensor]:
         return self.dispatcher.combine(rows_RD, arrived.ticket)

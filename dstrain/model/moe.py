@@ -45,15 +45,16 @@ class Experts(nn.Module):
         # More rows than this go through in chunks, so that memory stays bounded. None: all at once.
         self.chunk_rows: int | None = None
 
-    def lower(self, gate_up: Tensor, counts_E: Tensor) -> Tensor:
+    def lower(self, gate_up: Tensor, counts_E: Tensor, weights_R: Tensor | None) -> Tensor:
         """From the input of the activation on; a method of its own, so that it can be computed again."""
-        return grouped_linear(swiglu(gate_up), self.down, counts_E)
+        return grouped_linear(swiglu(gate_up, weights_R), self.down, counts_E)
 
-    def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows sorted by expert, `counts_E` of them each, through their experts: [R, D]."""
+    def forward(self, rows_RD: Tensor, counts_E: Tensor, weights_R: Tensor | None = None) -> Tensor:
+        """Rows sorted by expert, `counts_E` of them each, through their experts, times their weights (FP32; None: all
+        one): [R, D]."""
         if self.chunk_rows is not None and len(rows_RD) > self.chunk_rows:
-            return chunked_experts(rows_RD, self.gate_up, self.down, counts_E, self.chunk_rows)
-        return self.lower(grouped_linear(rows_RD, self.gate_up, counts_E), counts_E)
+            return chunked_experts(rows_RD, self.gate_up, self.down, counts_E, self.chunk_rows, weights_R)
+        return self.lower(grouped_linear(rows_RD, self.gate_up, counts_E), counts_E, weights_R)
 
 
 class MoE(nn.Module):

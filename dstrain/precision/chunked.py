@@ -18,17 +18,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dstrain.precision.swiglu import swiglu
+from dstrain.precision.swiglu import swiglu, swiglu_backward
 from dstrain.precision.weight_gradients import WeightGradients, used
 
 
 def chunked_experts(
-    rows_RD: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, counts_E: Tensor, chunk_rows: int
+    rows_RD: Tensor,
+    gate_up_E2ID: Tensor,
+    down_EDI: Tensor,
+    counts_E: Tensor,
+    chunk_rows: int,
+    weights_R: Tensor | None = None,
 ) -> Tensor:
-    """grouped_linear, SwiGLU, grouped_linear for `chunk_rows` rows at a time, [R, D]."""
+    """grouped_linear, SwiGLU times the weights of the rows (FP32; None: all one), grouped_linear for `chunk_rows` rows
+    at a time, [R, D]."""
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
     gradients = (used(gate_up_E2ID), used(down_EDI))
-    return _ChunkedExperts.apply(rows_RD.contiguous(), gate_up_E2ID, down_EDI, ends_E, chunk_rows, gradients)
+    return _ChunkedExperts.apply(rows_RD.contiguous(), weights_R, gate_up_E2ID, down_EDI, ends_E, chunk_rows, gradients)
 
 
 def _chunks(rows: int, ends_E: Tensor, chunk_rows: int) -> Iterator[tuple[slice, Tensor]]:
@@ -43,39 +49,43 @@ class _ChunkedExperts(torch.autograd.Function):
     def forward(
         ctx: Any,
         rows_RD: Tensor,
+        weights_R: Tensor | None,
         gate_up: Tensor,
         down: Tensor,
         ends_E: Tensor,
         chunk_rows: int,
         gradients: tuple[WeightGradients | None, WeightGradients | None],
     ) -> Tensor:
-        ctx.save_for_backward(rows_RD, ends_E)
+        ctx.save_for_backward(rows_RD, weights_R, ends_E)
         # As they are: recomputation would give back other tensors for saved ones.
         ctx.weights, ctx.chunk_rows, ctx.gradients = (gate_up, down), chunk_rows, gradients
         result_RD = torch.empty_like(rows_RD)
         for chunk, ends in _chunks(len(rows_RD), ends_E, chunk_rows):
-            inner = swiglu(F.grouped_mm(rows_RD[chunk], gate_up.transpose(1, 2), offs=ends))
+            before = F.grouped_mm(rows_RD[chunk], gate_up.transpose(1, 2), offs=ends)
+            inner = swiglu(before, None if weights_R is None else weights_R[chunk])
             result_RD[chunk] = F.grouped_mm(inner, down.transpose(1, 2), offs=ends)
         return result_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        (rows_RD, ends_E), (gate_up, down) = ctx.saved_tensors, ctx.weights
+        (rows_RD, weights_R, ends_E), (gate_up, down) = ctx.saved_tensors, ctx.weights
         grad_rows_RD, grad_RD = torch.empty_like(rows_RD), grad_RD.contiguous()
+        grad_weights_R = None if weights_R is None else torch.empty_like(weights_R)
         # Added in FP32: in BF16, the sum of each chunk has been rounded once, and the whole is again.
         grad_gate_up, grad_down = (torch.zeros_like(weight, dtype=torch.float32) for weight in (gate_up, down))
         for chunk, ends in _chunks(len(rows_RD), ends_E, ctx.chunk_rows):
-            with torch.enable_grad():
-                before = F.grouped_mm(rows_RD[chunk], gate_up.detach().transpose(1, 2), offs=ends).requires_grad_()
-                inner = swiglu(before)
+            before = F.grouped_mm(rows_RD[chunk], gate_up.transpose(1, 2), offs=ends)
+            weights = None if weights_R is None else weights_R[chunk]
             grad_inner = F.grouped_mm(grad_RD[chunk], down, offs=ends)
-            grad_down += F.grouped_mm(grad_RD[chunk].t(), inner.detach(), offs=ends).float()
-            (grad_before,) = torch.autograd.grad(inner, before, grad_inner)
+            grad_down += F.grouped_mm(grad_RD[chunk].t(), swiglu(before, weights), offs=ends).float()
+            grad_before, grad_weights = swiglu_backward(before, weights, grad_inner)
+            if grad_weights_R is not None and grad_weights is not None:
+                grad_weights_R[chunk] = grad_weights
             grad_gate_up += F.grouped_mm(grad_before.t(), rows_RD[chunk], offs=ends).float()
             grad_rows_RD[chunk] = F.grouped_mm(grad_before, gate_up, offs=ends)
         weights = ((gate_up, grad_gate_up), (down, grad_down))
-        return grad_rows_RD, *map(_hand_over, ctx.gradients, weights), None, None, None
+        return grad_rows_RD, grad_weights_R, *map(_hand_over, ctx.gradients, weights), None, None, None
 
 
 def _hand_over(gradients: WeightGradients | None, weight_and_grad: tuple[Tensor, Tensor]) -> Tensor | None:

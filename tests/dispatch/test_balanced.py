@@ -48,6 +48,7 @@ def passed(dtype: torch.dtype) -> dict[str, Any]:
 def test_shapes_and_dtypes(dtype: torch.dtype):
     found = passed(dtype)
     assert (found["arrived"].rows_RD.shape, found["arrived"].rows_RD.dtype) == ((TOKENS * 4, WIDTH), dtype)
+    assert (found["arrived"].weights_R.shape, found["arrived"].weights_R.dtype) == ((TOKENS * 4,), torch.float32)
     assert (found["arrived"].counts_E.shape, found["arrived"].counts_E.dtype) == ((2,), torch.int64)
     assert (found["y"].shape, found["y"].dtype) == ((TOKENS, WIDTH), dtype)
     assert (found["x"].grad.shape, found["x"].grad.dtype) == ((TOKENS, WIDTH), dtype)

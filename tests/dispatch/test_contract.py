@@ -1,5 +1,6 @@
 """Every transport does what loops over tokens and experts do, forward and backward, however tokens are routed."""
 
+import weakref
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,6 +13,7 @@ from dstrain.dispatch.alltoall import AllToAllDispatcher
 from dstrain.dispatch.contract import Arrived, Dispatcher, Route
 from dstrain.dispatch.local import LocalDispatcher
 from dstrain.dispatch.rank import RankDispatcher
+from dstrain.dispatch.transport import Transport
 from dstrain.dispatch.wire import WireFormat, wire_format
 from tests.dispatch.cases import EXPERTS, ROUTES, TRANSPORTS, WIDTH, balanced, everyone, make, route_of, tokens
 from tests.gloo.spawn import spawn
@@ -52,7 +54,13 @@ def all_experts(dtype: torch.dtype) -> Tensor:
 
 def through_experts(arrived: Arrived, experts: Tensor) -> Tensor:
     parts = zip(arrived.rows_RD.split(arrived.counts_E.tolist()), experts, strict=True)
-    return torch.cat([torch.tanh(rows @ weight) for rows, weight in parts])
+    rows_RD = torch.cat([torch.tanh(rows @ weight) for rows, weight in parts])
+    return times_weights(arrived, rows_RD)
+
+
+def times_weights(arrived: Arrived, rows_RD: Tensor) -> Tensor:
+    assert arrived.weights_R.dtype == torch.float32
+    return (rows_RD * arrived.weights_R[:, None]).to(rows_RD.dtype)
 
 
 def coefficients(tokens: int, rank: int) -> Tensor:
@@ -200,7 +208,7 @@ def there_and_back(dispatcher: Dispatcher, experts_TK: Tensor, rank: int) -> tup
     """A token's way without experts, and its gradient for ones."""
     x_TD = tokens(len(experts_TK), rank, torch.float32)
     arrived = dispatcher.dispatch(x_TD, route_of(experts_TK, rank)).wait()
-    y_TD = dispatcher.combine(arrived.rows_RD, arrived.ticket).wait()
+    y_TD = dispatcher.combine(times_weights(arrived, arrived.rows_RD), arrived.ticket).wait()
     y_TD.sum().backward()
     return (y_TD - x_TD).detach(), x_TD.grad
 
@@ -291,7 +299,7 @@ def without_gradients(rank: int, world: int) -> list[bool]:
     found = []
     with torch.no_grad():
         arrived = dispatcher.dispatch(x_TD, route).wait()
-        y_TD = dispatcher.combine(arrived.rows_RD, arrived.ticket).wait()
+        y_TD = dispatcher.combine(times_weights(arrived, arrived.rows_RD), arrived.ticket).wait()
         found += [torch.equal(y_TD - x_TD, expected), not y_TD.requires_grad]
     for x_needs, weights_need in ((False, True), (True, False)):
         x_TD, route = tokens(6, rank, torch.float32), route_of(experts_TK, rank)
@@ -305,6 +313,47 @@ def without_gradients(rank: int, world: int) -> list[bool]:
 
 def test_not_everything_needs_a_gradient():
     assert spawn(without_gradients, 2) == [[True] * 6] * 2
+
+
+def kept_bytes(dispatcher: Transport, experts_TK: Tensor, rank: int) -> int:
+    """What autograd keeps of a transfer there and back, while what the experts made is forgotten."""
+    x_TD, kept = tokens(len(experts_TK), rank, torch.float32), []
+    arrived = dispatcher.dispatch(x_TD, route_of(experts_TK, rank)).wait()
+    made = weakref.ref(rows_RD := arrived.rows_RD * 2)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+        handle = dispatcher.combine(rows_RD, arrived.ticket)
+        del rows_RD
+        handle.wait()
+    if dispatcher.lane is not None:
+        # Its threads let go of everything at the latest when they end.
+        dispatcher.lane.close(wait_s=10)
+    assert made() is None
+    return sum(kept)
+
+
+def kept_across(rank: int, world: int) -> list[int]:
+    return [kept_bytes(make(transport), balanced(rank), rank) for transport in TRANSPORTS[world]]
+
+
+def test_combine_keeps_nothing_of_what_the_experts_made():
+    assert kept_bytes(LocalDispatcher(EXPERTS), balanced(0), 0) == 0
+    assert spawn(kept_across, 2) == [[0] * len(TRANSPORTS[2])] * 2
+
+
+def unused(rank: int, world: int) -> list[list[bool]]:
+    """Experts that leave the weights aside: the tokens have a gradient, the weights a zero one."""
+    found = []
+    for transport in TRANSPORTS[world]:
+        dispatcher, x_TD, route = make(transport), tokens(6, rank, torch.float32), route_of(balanced(rank), rank)
+        arrived = dispatcher.dispatch(x_TD, route).wait()
+        dispatcher.combine(arrived.rows_RD, arrived.ticket).wait().sum().backward()
+        # A copy of every token came home from each of its experts.
+        found.append([bool((x_TD.grad == 3).all()), not route.weights_TK.grad.any()])
+    return found
+
+
+def test_weights_may_stay_unused():
+    assert spawn(unused, 2) == [[[True, True]] * len(TRANSPORTS[2])] * 2
 
 
 def test_waiting_twice_is_an_error():

@@ -87,7 +87,8 @@ def there_and_back(dispatcher: Dispatcher, experts_TK: Tensor, rank: int) -> lis
     arrived = dispatcher.dispatch(x_TD, route).wait()
     held = len(arrived.counts_E)
     factor_R = torch.arange(1.0, 1 + held).repeat_interleave(arrived.counts_E) + dist.get_rank() * held
-    y_TD = dispatcher.combine(arrived.rows_RD * factor_R[:, None].bfloat16(), arrived.ticket).wait()
+    made_RD = arrived.rows_RD * factor_R[:, None] * arrived.weights_R[:, None]
+    y_TD = dispatcher.combine(made_RD.bfloat16(), arrived.ticket).wait()
     y_TD.backward(torch.randn(y_TD.shape, generator=generator).bfloat16())
     return [y_TD.detach(), x_TD.grad, route.weights_TK.grad]
 

@@ -13,8 +13,8 @@ def wide(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
 
-def expansion(weights_TK: Tensor) -> Expansion:
-    return Expansion.of(Pairs.of_tokens(EXPERTS_TK, weights_TK), 5)
+def expansion() -> Expansion:
+    return Expansion.of(Pairs.of_tokens(EXPERTS_TK, torch.ones(5, 2)), 5)
 
 
 def test_pairs_of_tokens():
@@ -27,14 +27,15 @@ def test_pairs_of_tokens():
 
 
 def test_rows_are_in_the_order_of_experts_then_tokens():
-    weights_TK = wide(5, 2)
-    expanded = expansion(weights_TK)
+    weights_TK, expanded = wide(5, 2).detach(), expansion()
     assert expanded.row_N.tolist() == [0, 2, 4, 1, 3, 0, 1, 3, 4, 2]
     assert expanded.counts_E.tolist() == [3, 2, 4, 1, 0]
     by_expert = [
         weights_TK[t, EXPERTS_TK[t].tolist().index(e)] for e in range(4) for t in range(5) if e in EXPERTS_TK[t]
     ]
-    torch.testing.assert_close(expanded.weight_N, torch.stack(by_expert).float())
+    weight_N = expanded.by_expert(weights_TK.flatten())
+    assert torch.equal(weight_N, torch.stack(by_expert))
+    assert torch.equal(expanded.by_pair(weight_N), weights_TK.flatten())
 
 
 def test_orders():
@@ -54,59 +55,44 @@ def test_sums_by_target():
 
 def test_expand_and_its_gradient():
     x_TD, grad_RD = wide(5, 3), wide(10, 3)
-    expanded = expansion(wide(5, 2))
+    expanded = expansion()
     rows_RD = expanded.expand(x_TD)
     assert torch.equal(rows_RD, x_TD[expanded.row_N])
     (expected,) = torch.autograd.grad(rows_RD, x_TD, grad_RD)
-    torch.testing.assert_close(expanded.expand_back(grad_RD), expected)
+    torch.testing.assert_close(expanded.sum(grad_RD), expected)
 
 
-def test_reduce_and_its_gradients():
-    rows_RD, weights_TK = wide(10, 3).detach().float().requires_grad_(), wide(5, 2).detach().float().requires_grad_()
-    grad_TD = wide(5, 3).detach().float()
-    expanded = expansion(weights_TK)
-    expected = (rows_RD[expanded.bags.order_N].view(5, 2, 3) * weights_TK[..., None]).sum(1)
-    torch.testing.assert_close(expanded.reduce(rows_RD), expected)
-    grads = torch.autograd.grad(expected, (rows_RD, weights_TK), grad_TD)
-    rows_grad_RD, weight_grad_N = expanded.reduce_back(grad_TD, rows_RD.detach())
-    torch.testing.assert_close(rows_grad_RD, grads[0])
-    torch.testing.assert_close(weight_grad_N.view(5, 2), grads[1])
+def test_a_sum_and_its_gradient():
+    rows_RD, grad_TD, expanded = wide(10, 3).detach().float().requires_grad_(), wide(5, 3).detach().float(), expansion()
+    expected = rows_RD[expanded.bags.order_N].view(5, 2, 3).sum(1)
+    torch.testing.assert_close(expanded.sum(rows_RD), expected)
+    (grad_RD,) = torch.autograd.grad(expected, rows_RD, grad_TD)
+    assert torch.equal(expanded.expand(grad_TD), grad_RD)
 
 
 def test_blocks_compute_what_the_whole_does(monkeypatch: pytest.MonkeyPatch):
-    rows_RD, grad_TD = wide(10, 8).detach().bfloat16(), wide(5, 8).detach().bfloat16()
-    expanded = expansion(wide(5, 2))
-    expected = (expanded.reduce(rows_RD), *expanded.reduce_back(grad_TD, rows_RD))
+    rows_RD, expanded = wide(10, 8).detach().bfloat16(), expansion()
+    expected = expanded.sum(rows_RD)
     monkeypatch.setitem(WIDE_ELEMENTS, "cpu", 24)
-    found = (expanded.reduce(rows_RD), *expanded.reduce_back(grad_TD, rows_RD))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert torch.equal(expanded.sum(rows_RD), expected)
 
 
 @pytest.mark.parametrize("experts_per_token", [1, 3])
 def test_no_tokens(experts_per_token: int):
     nothing_TK = torch.empty(0, experts_per_token)
     expanded = Expansion.of(Pairs.of_tokens(nothing_TK.long(), nothing_TK), 4)
-    assert expanded.expand(torch.empty(0, 4)).shape == expanded.reduce(torch.empty(0, 4)).shape == (0, 4)
+    assert expanded.expand(torch.empty(0, 4)).shape == expanded.sum(torch.empty(0, 4)).shape == (0, 4)
     assert expanded.counts_E.tolist() == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_narrow_rows_are_added_in_fp32(weighted: bool):
+def test_narrow_rows_are_added_in_fp32():
     """256 + 15 ones: each partial sum in BF16 would round back to 256."""
     rows_RD = torch.ones(16, 64, dtype=torch.bfloat16)
     rows_RD[0] = 256
     expanded = Expansion.of(Pairs.of_tokens(torch.arange(16)[None], torch.ones(1, 16)), 16)
-    summed = expanded.reduce(rows_RD) if weighted else expanded.expand_back(rows_RD)
+    summed = expanded.sum(rows_RD)
     assert summed.dtype == torch.bfloat16
     assert summed.tolist() == [[torch.tensor(271.0).bfloat16().item()] * 64]
-
-
-def test_weights_are_not_rounded_to_narrow_rows():
-    """1 + 2^-10 is 1 in BF16; 1024 times it, minus 1024, is 1."""
-    weights_TK = torch.tensor([[1 + 2**-10, 1.0]])
-    expanded = Expansion.of(Pairs.of_tokens(torch.tensor([[0, 1]]), weights_TK), 2)
-    rows_RD = torch.tensor([[1024.0] * 8, [-1024.0] * 8], dtype=torch.bfloat16)
-    assert expanded.reduce(rows_RD).tolist() == [[1.0] * 8]
 
 
 def test_bfloat16_sums_round_ties_to_even():

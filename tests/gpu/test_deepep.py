@@ -46,7 +46,8 @@ def there_and_back(dispatcher: Dispatcher, rank: int) -> list[Tensor]:
     results = []
     for x_TD, route, handle in batches:
         arrived = handle.wait()
-        y_TD = dispatcher.combine(arrived.rows_RD * 2, arrived.ticket).wait()
+        made_RD = (arrived.rows_RD * arrived.weights_R[:, None]).bfloat16()
+        y_TD = dispatcher.combine(made_RD, arrived.ticket).wait()
         y_TD.backward(random(TOKENS, HIDDEN).bfloat16())
         results += [y_TD.detach(), x_TD.grad, route.weights_TK.grad]
     return results

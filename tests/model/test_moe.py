@@ -35,11 +35,13 @@ def test_every_row_passes_its_own_expert() -> None:
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     rows, counts = torch.randn(9, 16), [2, 0, 6, 1]
-    out = experts(rows, torch.tensor(counts))
+    weights = torch.rand(9)
+    out = experts(rows, torch.tensor(counts), weights)
     expert_of_row = [e for e, count in enumerate(counts) for _ in range(count)]
     for row, expert in enumerate(expert_of_row):
         expected = swiglu_network(rows[row], experts.gate_up[expert], experts.down[expert])
-        torch.testing.assert_close(out[row], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out[row], weights[row] * expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(experts(rows, torch.tensor(counts)) * weights[:, None], out, rtol=1e-4, atol=1e-4)
 
 
 def test_an_expert_without_rows_has_zero_gradient_and_not_none() -> None:

@@ -51,8 +51,9 @@ class Compute(Protocol):
 
     def shared(self, x_TD: Tensor, block: int) -> Tensor: ...
 
-    def experts(self, rows_RD: Tensor, counts: Sequence[int], block: int) -> Tensor:
-        """Rows sorted by expert, counts[i] of them for this rank's i-th expert."""
+    def experts(self, rows_RD: Tensor, counts: Sequence[int], block: int, weights_R: Tensor | None = None) -> Tensor:
+        """Rows sorted by expert, counts[i] of them for this rank's i-th expert; times their weights, if they are given.
+        A peer multiplies by them itself."""
         ...
 
 
