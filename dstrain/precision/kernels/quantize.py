@@ -24,34 +24,36 @@ ROWS_LAUNCH = {"LINES": LINES, "num_warps": 4}
 TILE_LAUNCH = {"num_warps": 8}
 
 
-def quantize_rows(x: Tensor, scaling: Scaling) -> Quantized:
-    """BF16 or FP32 [..., K]: values [..., K], scale [..., ceil(K / 128)]."""
+def quantize_rows(x: Tensor, scaling: Scaling, tile: int = TILE) -> Quantized:
+    """BF16 or FP32 [..., K], tiles of 128 or of a power of two below: values [..., K], scale [..., ceil(K / tile)]."""
     x_RK = _lines(x)
     rows, columns = x_RK.shape
-    values, scale = _empty(x_RK, x.shape), _scales(x_RK, *x.shape[:-1], triton.cdiv(columns, TILE))
+    values, scale = _empty(x_RK, x.shape), _scales(x_RK, *x.shape[:-1], triton.cdiv(columns, tile))
     if x.numel():
-        rows_kernel[triton.cdiv(rows, LINES), scale.shape[-1]](
+        rows_kernel[triton.cdiv(rows, LINES), triton.cdiv(columns, TILE)](
             x_RK, values, scale, rows, columns, x_RK.stride(0), scaling.floor,
-            POWER_OF_TWO=scaling.power_of_two, **ROWS_LAUNCH,
+            POWER_OF_TWO=scaling.power_of_two, SCALES=TILE // tile, **ROWS_LAUNCH,
         )  # fmt: skip
-    return Quantized(values.view(torch.float8_e4m3fn), scale)
+    return _quantized(values, scale, tile)
 
 
-def quantize_columns(x_RK: Tensor, scaling: Scaling, ends_E: Tensor | None = None) -> Quantized:
+def quantize_columns(x_RK: Tensor, scaling: Scaling, ends_E: Tensor | None = None, tile: int = TILE) -> Quantized:
     """BF16 or FP32 [R, K] in the order of experts, who end at `ends_E` (int32, on the device; None: of one expert):
-    values [K, P], scale [K, P / 128]."""
-    return _columns(_lines(x_RK), None, scaling, ends_E, with_rows=False)[0]
+    values [K, P], scale [K, P / tile]."""
+    return _columns(_lines(x_RK), None, scaling, ends_E, tile, with_rows=False)[0]
 
 
-def quantize_both(x_RK: Tensor, scaling: Scaling, ends_E: Tensor | None = None) -> tuple[Quantized, Quantized]:
+def quantize_both(
+    x_RK: Tensor, scaling: Scaling, ends_E: Tensor | None = None, tile: int = TILE
+) -> tuple[Quantized, Quantized]:
     """`quantize_rows` and `quantize_columns`."""
-    columns, rows = _columns(_lines(x_RK), None, scaling, ends_E, with_rows=True)
+    columns, rows = _columns(_lines(x_RK), None, scaling, ends_E, tile, with_rows=True)
     return rows, columns
 
 
 def requantize_columns(rows: Quantized, scaling: Scaling, ends_E: Tensor | None = None) -> Quantized:
-    """`quantize_columns` of what quantised rows stand for, in FP32."""
-    return _columns(rows.values.view(torch.uint8), rows.scale, scaling, ends_E, with_rows=False)[0]
+    """`quantize_columns` of what rows quantised in tiles of 128 stand for, in FP32."""
+    return _columns(rows.values.view(torch.uint8), rows.scale, scaling, ends_E, TILE, with_rows=False)[0]
 
 
 def quantize_blocks(weight: Tensor, scaling: Scaling) -> Quantized:
@@ -65,7 +67,7 @@ def quantize_blocks(weight: Tensor, scaling: Scaling) -> Quantized:
             weight_EMK, values, scale, rows, columns, scaling.floor,
             POWER_OF_TWO=scaling.power_of_two, **TILE_LAUNCH,
         )  # fmt: skip
-    return Quantized(values.view(torch.float8_e4m3fn), scale)
+    return _quantized(values, scale, TILE)
 
 
 def dequantize_rows(rows: Quantized, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -86,22 +88,25 @@ def whole(x_RK: Tensor) -> Tensor:
 
 
 def _columns(
-    x_RK: Tensor, scale_RS: Tensor | None, scaling: Scaling, ends_E: Tensor | None, *, with_rows: bool
+    x_RK: Tensor, scale_RS: Tensor | None, scaling: Scaling, ends_E: Tensor | None, tile: int, *, with_rows: bool
 ) -> tuple[Quantized, Quantized]:
     """Columns, and rows where they are asked for."""
     ends_E = whole(x_RK) if ends_E is None else ends_E
-    (rows, columns), experts = x_RK.shape, len(ends_E)
-    padded, tiles = padded_rows(rows, experts), triton.cdiv(columns, TILE)
-    values, scale = _empty(x_RK, (columns, padded)), _scales(x_RK, columns, padded // TILE)
-    row_values, row_scale = (_empty(x_RK, x_RK.shape), _scales(x_RK, rows, tiles)) if with_rows else (values, scale)
-    if values.numel():
-        columns_kernel[padded // TILE, tiles](
-            x_RK, scale_RS, ends_E, values, scale, row_values, row_scale,
-            columns, x_RK.stride(0), padded, scaling.floor, EXPERTS=experts, LANES=triton.next_power_of_2(experts),
-            POWER_OF_TWO=scaling.power_of_two, IS_QUANTIZED=scale_RS is not None, WITH_ROWS=with_rows, **TILE_LAUNCH,
+    (rows, width), experts = x_RK.shape, len(ends_E)
+    padded = padded_rows(rows, experts)
+    columns = _empty(x_RK, (width, padded)), _scales(x_RK, width, padded // tile)
+    kept = (_empty(x_RK, x_RK.shape), _scales(x_RK, rows, triton.cdiv(width, tile))) if with_rows else columns
+    if padded and width:
+        columns_kernel[padded // TILE, triton.cdiv(width, TILE)](
+            x_RK, scale_RS, ends_E, *columns, *kept, width, x_RK.stride(0), padded, scaling.floor,
+            EXPERTS=experts, LANES=triton.next_power_of_2(experts), POWER_OF_TWO=scaling.power_of_two,
+            SCALES=TILE // tile, IS_QUANTIZED=scale_RS is not None, WITH_ROWS=with_rows, **TILE_LAUNCH,
         )  # fmt: skip
-    fp8 = torch.float8_e4m3fn
-    return Quantized(values.view(fp8), scale), Quantized(row_values.view(fp8), row_scale)
+    return _quantized(*columns, tile), _quantized(*kept, tile)
+
+
+def _quantized(codes: Tensor, scale: Tensor, tile: int) -> Quantized:
+    return Quantized(codes.view(torch.float8_e4m3fn), scale, tile)
 
 
 def _lines(x: Tensor) -> Tensor:
@@ -119,94 +124,113 @@ def _scales(x: Tensor, *shape: int) -> Tensor:
 
 
 @triton.jit
-def rows_kernel(
-    x, values, scale, rows, columns, x_r, floor, POWER_OF_TWO: tl.constexpr, LINES: tl.constexpr
-):  # fmt: skip
-    """A program quantises LINES rows of one tile each."""
-    row_L, column_V = _lines_of_program(LINES)
-    inside = (row_L[:, None] < rows) & (column_V[None, :] < columns)
-    x_LV = tl.load(x + row_L[:, None] * x_r + column_V[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale_L = scale_of(largest_bits(x_LV, 1), floor, POWER_OF_TWO)
-    tl.store(scale + row_L * tl.num_programs(1) + tl.program_id(1), scale_L, mask=row_L < rows)
-    codes_LV = e4m3_codes(x_LV, tl.broadcast_to(scale_L[:, None], x_LV.shape), POWER_OF_TWO)
-    tl.store(values + row_L[:, None] * columns + column_V[None, :], codes_LV, mask=inside)
+def rows_kernel(x, values, scale, rows, columns, x_r, floor, POWER_OF_TWO: tl.constexpr, SCALES: tl.constexpr,
+                LINES: tl.constexpr):  # fmt: skip
+    """A program quantises 128 columns of LINES rows, which have SCALES scales each."""
+    first = tl.program_id(0) * LINES
+    x_LV = load_tile(x, first, rows, tl.program_id(1), columns, x_r, LINES).to(tl.float32)
+    store_rows(x_LV, values, scale, first, rows, tl.program_id(1), columns, floor, POWER_OF_TWO, SCALES)
 
 
 @triton.jit
 def dequantize_kernel(values, scale, x, rows, columns, values_r, LINES: tl.constexpr):
-    row_L, column_V = _lines_of_program(LINES)
-    inside = (row_L[:, None] < rows) & (column_V[None, :] < columns)
-    codes_LV = tl.load(values + row_L[:, None] * values_r + column_V[None, :], mask=inside, other=0)
-    scale_L = tl.load(scale + row_L * tl.num_programs(1) + tl.program_id(1), mask=row_L < rows, other=1.0)
-    x_LV = (e4m3_numbers(codes_LV) * scale_L[:, None]).to(x.dtype.element_ty)
-    tl.store(x + row_L[:, None] * columns + column_V[None, :], x_LV, mask=inside)
-
-
-@triton.jit
-def _lines_of_program(LINES: tl.constexpr):
-    """Rows in int64, as a tensor may have more than 2^31 values, and the columns of a tile."""
-    return tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES), tl.program_id(1) * 128 + tl.arange(0, 128)
+    first = tl.program_id(0) * LINES
+    x_LV = load_quantized(values, scale, first, rows, tl.program_id(1), columns, values_r, LINES)
+    store_tile(x, x_LV.to(x.dtype.element_ty), first, rows, tl.program_id(1), columns)
 
 
 @triton.jit
 def columns_kernel(
     x, x_scale, ends_E, values, scale, row_values, row_scale, columns, x_r, padded, floor,
-    EXPERTS: tl.constexpr, LANES: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr, IS_QUANTIZED: tl.constexpr, WITH_ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr, LANES: tl.constexpr, POWER_OF_TWO: tl.constexpr, SCALES: tl.constexpr,
+    IS_QUANTIZED: tl.constexpr, WITH_ROWS: tl.constexpr,
 ):  # fmt: skip
     """A program has a tile of 128 rows of one expert, and 128 columns of it."""
-    tile, lane = tl.program_id(0), tl.arange(0, 128)
+    tile, column_tile = tl.program_id(0), tl.program_id(1)
     _, first, end = expert_of_tile(ends_E, tile, EXPERTS, LANES)
-    row_T, column_V = (first + lane).to(tl.int64), tl.program_id(1).to(tl.int64) * 128 + lane
-    inside = (row_T[:, None] < end) & (column_V[None, :] < columns)
-    x_TV = tl.load(x + row_T[:, None] * x_r + column_V[None, :], mask=inside, other=0)
-    scale_T = row_T * tl.num_programs(1) + tl.program_id(1)
     if IS_QUANTIZED:
-        x_TV = e4m3_numbers(x_TV) * tl.load(x_scale + scale_T, mask=row_T < end, other=1.0)[:, None]
-    x_TV = x_TV.to(tl.float32)
+        x_TV = load_quantized(x, x_scale, first, end, column_tile, columns, x_r, 128)
+    else:
+        x_TV = load_tile(x, first, end, column_tile, columns, x_r, 128).to(tl.float32)
     if WITH_ROWS:
-        store_rows(x_TV, row_values, row_scale, row_T, end, column_V, columns, scale_T, floor, POWER_OF_TWO)
-    store_columns(x_TV, values, scale, column_V, columns, tile, padded, floor, POWER_OF_TWO)
-
-
-@triton.jit
-def store_rows(x_TV, values, scale, row_T, end, column_V, columns, scale_T, floor, POWER_OF_TWO: tl.constexpr):
-    """Quantises a tile by rows; `scale_T` says where the scales belong."""
-    tile_T = scale_of(largest_bits(x_TV, 1), floor, POWER_OF_TWO)
-    tl.store(scale + scale_T, tile_T, mask=row_T < end)
-    codes_TV = e4m3_codes(x_TV, tl.broadcast_to(tile_T[:, None], x_TV.shape), POWER_OF_TWO)
-    inside = (row_T[:, None] < end) & (column_V[None, :] < columns)
-    tl.store(values + row_T[:, None] * columns + column_V[None, :], codes_TV, mask=inside)
-
-
-@triton.jit
-def store_columns(x_TV, values, scale, column_V, columns, tile, padded, floor, POWER_OF_TWO: tl.constexpr):
-    """Quantises a tile by columns and turns it; `tile` is its place among those of all experts."""
-    tile_V = scale_of(largest_bits(x_TV, 0), floor, POWER_OF_TWO)
-    tl.store(scale + column_V * (padded // 128) + tile, tile_V, mask=column_V < columns)
-    codes_TV = e4m3_codes(x_TV, tl.broadcast_to(tile_V[None, :], x_TV.shape), POWER_OF_TWO)
-    place_VT = column_V[:, None] * padded + tile * 128 + tl.arange(0, 128)[None, :]
-    tl.store(values + place_VT, tl.trans(codes_TV), mask=column_V[:, None] < columns)
+        store_rows(x_TV, row_values, row_scale, first, end, column_tile, columns, floor, POWER_OF_TWO, SCALES)
+    store_columns(x_TV, values, scale, tile, padded, column_tile, columns, floor, POWER_OF_TWO, SCALES)
 
 
 @triton.jit
 def blocks_kernel(weight, values, scale, rows, columns, floor, POWER_OF_TWO: tl.constexpr):
     """A program has a block of 128 rows and columns of one expert."""
-    lane, expert = tl.arange(0, 128), tl.program_id(2).to(tl.int64)
-    row_T, column_V = tl.program_id(0) * 128 + lane, tl.program_id(1) * 128 + lane
-    inside = (row_T[:, None] < rows) & (column_V[None, :] < columns)
-    place_TV = (expert * rows + row_T)[:, None] * columns + column_V[None, :]
-    x_TV = tl.load(weight + place_TV, mask=inside, other=0.0).to(tl.float32)
+    first, expert = tl.program_id(0) * 128, tl.program_id(2).to(tl.int64)
+    weight += expert * rows * columns
+    x_TV = load_tile(weight, first, rows, tl.program_id(1), columns, columns, 128).to(tl.float32)
     block = scale_of(tl.max(largest_bits(x_TV, 1), 0), floor, POWER_OF_TWO)
     place = (expert * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
     tl.store(scale + place, block)
     codes_TV = e4m3_codes(x_TV, tl.broadcast_to(block, x_TV.shape), POWER_OF_TWO)
-    tl.store(values + place_TV, codes_TV, mask=inside)
+    store_tile(values + expert * rows * columns, codes_TV, first, rows, tl.program_id(1), columns)
+
+
+@triton.jit
+def load_tile(x, first, end, column_tile, columns, x_r, LINES: tl.constexpr):
+    """LINES rows from `first` on and 128 columns; zeros for what lies behind the end of either.
+
+    The place of a tile is counted in int64, as a tensor may have more than 2^31 values; places in it are not.
+    """
+    row_L, column_V = tl.arange(0, LINES), tl.arange(0, 128)
+    inside = (row_L[:, None] < end - first) & (column_V[None, :] < columns - column_tile * 128)
+    x += tl.cast(first, tl.int64) * x_r + column_tile * 128
+    return tl.load(x + row_L[:, None] * x_r + column_V[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def load_quantized(x, scale, first, end, column_tile, columns, x_r, LINES: tl.constexpr):
+    """`load_tile` of quantised rows with a scale per 128 columns, in FP32."""
+    row_L, scales = tl.arange(0, LINES), tl.cdiv(columns, 128)
+    scale += tl.cast(first, tl.int64) * scales + column_tile
+    scale_L = tl.load(scale + row_L * scales, mask=row_L < end - first, other=1.0)
+    return e4m3_numbers(load_tile(x, first, end, column_tile, columns, x_r, LINES)) * scale_L[:, None]
+
+
+@triton.jit
+def store_tile(x, tile_LV, first, end, column_tile, columns):
+    """The opposite of `load_tile`, into contiguous rows."""
+    row_L, column_V = tl.arange(0, tile_LV.shape[0]), tl.arange(0, 128)
+    inside = (row_L[:, None] < end - first) & (column_V[None, :] < columns - column_tile * 128)
+    x += tl.cast(first, tl.int64) * columns + column_tile * 128
+    tl.store(x + row_L[:, None] * columns + column_V[None, :], tile_LV, mask=inside)
+
+
+@triton.jit
+def store_rows(x_LV, values, scale, first, end, column_tile, columns, floor, POWER_OF_TWO: tl.constexpr,
+               SCALES: tl.constexpr):  # fmt: skip
+    """Quantises 128 columns of some rows, of which those before `end` are stored."""
+    x_LSV = tl.reshape(x_LV, (x_LV.shape[0], SCALES, 128 // SCALES))
+    scale_LS = scale_of(largest_bits(x_LSV, 2), floor, POWER_OF_TWO)
+    row_L, scale_S, scales = tl.arange(0, x_LV.shape[0]), tl.arange(0, SCALES), tl.cdiv(columns, 128 // SCALES)
+    inside = (row_L[:, None] < end - first) & (scale_S[None, :] < scales - column_tile * SCALES)
+    scale += tl.cast(first, tl.int64) * scales + column_tile * SCALES
+    tl.store(scale + row_L[:, None] * scales + scale_S[None, :], scale_LS, mask=inside)
+    codes_LSV = e4m3_codes(x_LSV, tl.broadcast_to(scale_LS[:, :, None], x_LSV.shape), POWER_OF_TWO)
+    store_tile(values, tl.reshape(codes_LSV, x_LV.shape), first, end, column_tile, columns)
+
+
+@triton.jit
+def store_columns(x_TV, values, scale, tile, padded, column_tile, columns, floor, POWER_OF_TWO: tl.constexpr,
+                  SCALES: tl.constexpr):  # fmt: skip
+    """Quantises 128 rows by columns and turns them; `tile` is their place among those of all experts."""
+    x_STV = tl.reshape(x_TV, (SCALES, 128 // SCALES, 128))
+    scale_SV = scale_of(largest_bits(x_STV, 1), floor, POWER_OF_TWO)
+    column_V, scale_S, scales = tl.arange(0, 128), tl.arange(0, SCALES), padded // 128 * SCALES
+    scale += tl.cast(column_tile, tl.int64) * 128 * scales + tile * SCALES
+    inside = column_V[None, :] < columns - column_tile * 128
+    tl.store(scale + column_V[None, :] * scales + scale_S[:, None], scale_SV, mask=inside)
+    codes_STV = e4m3_codes(x_STV, tl.broadcast_to(scale_SV[:, None, :], x_STV.shape), POWER_OF_TWO)
+    store_tile(values, tl.trans(tl.reshape(codes_STV, (128, 128))), column_tile * 128, columns, tile, padded)
 
 
 _LINES = {
     "x": "*bf16", "values": "*u8", "scale": "*fp32", "rows": "i32", "columns": "i32:16", "x_r": "i32:16",
-    "floor": "fp32", "POWER_OF_TWO": True, "LINES": LINES,
+    "floor": "fp32", "POWER_OF_TWO": True, "SCALES": 1, "LINES": LINES,
 }  # fmt: skip
 _BACK = {
     "values": "*u8", "scale": "*fp32", "x": "*bf16", "rows": "i32", "columns": "i32:16", "values_r": "i32:16",
@@ -215,7 +239,7 @@ _BACK = {
 _COLUMNS = {
     "x": "*bf16", "x_scale": None, "ends_E": "*i32", "values": "*u8", "scale": "*fp32", "row_values": "*u8",
     "row_scale": "*fp32", "columns": "i32:16", "x_r": "i32:16", "padded": "i32:16", "floor": "fp32",
-    "EXPERTS": 64, "LANES": 64, "POWER_OF_TWO": True, "IS_QUANTIZED": False, "WITH_ROWS": False,
+    "EXPERTS": 64, "LANES": 64, "POWER_OF_TWO": True, "SCALES": 1, "IS_QUANTIZED": False, "WITH_ROWS": False,
 }  # fmt: skip
 _QUANTIZED = {"x": "*u8", "x_scale": "*fp32", "IS_QUANTIZED": True}
 _BLOCKS = {
@@ -227,10 +251,17 @@ _LINES_WARPS, _TILE_WARPS = ROWS_LAUNCH["num_warps"], TILE_LAUNCH["num_warps"]
 BUILDS = (
     Build("quantize rows", rows_kernel, _LINES, _LINES_WARPS),
     Build("quantize rows, plain scales", rows_kernel, _LINES | _PLAIN, _LINES_WARPS),
+    Build("quantize rows, tiles of 32", rows_kernel, _LINES | {"SCALES": 4}, _LINES_WARPS),
     Build("dequantize rows", dequantize_kernel, _BACK, _LINES_WARPS),
     Build("quantize columns", columns_kernel, _COLUMNS, _TILE_WARPS),
     Build("quantize columns, plain scales", columns_kernel, _COLUMNS | _PLAIN, _TILE_WARPS),
     Build("quantize rows and columns", columns_kernel, _COLUMNS | {"WITH_ROWS": True}, _TILE_WARPS),
+    Build(
+        "quantize rows and columns, tiles of 32",
+        columns_kernel,
+        _COLUMNS | {"WITH_ROWS": True, "SCALES": 4},
+        _TILE_WARPS,
+    ),
     Build("requantize rows as columns", columns_kernel, _COLUMNS | _QUANTIZED, _TILE_WARPS),
     Build("quantize blocks", blocks_kernel, _BLOCKS, _TILE_WARPS),
     Build("quantize blocks, FP32", blocks_kernel, _BLOCKS | {"weight": "*fp32"}, _TILE_WARPS),

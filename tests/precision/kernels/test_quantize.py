@@ -81,6 +81,14 @@ def test_rows_and_columns_at_once(dtype: torch.dtype, counts: list[int] | None):
     assert_equal(columns, plain.quantize_columns(x, SCALINGS[1], counts))
 
 
+def test_narrow_tiles():
+    x = matrix(sum(COUNTS), 200)
+    rows, columns = quantize.quantize_both(x, SCALINGS[1], ends(COUNTS), tile=32)
+    assert_equal(rows, plain.quantize_rows(x, SCALINGS[1], 32))
+    assert_equal(quantize.quantize_rows(x, SCALINGS[1], 32), rows)
+    assert_equal(columns, plain.quantize_columns(x, SCALINGS[1], COUNTS, 32))
+
+
 @pytest.mark.parametrize("scaling", SCALINGS[::3], ids=str)
 def test_quantised_rows_as_columns(scaling: Scaling):
     rows = plain.quantize_rows(matrix(sum(COUNTS), 200), scaling)
