@@ -41,3 +41,12 @@ def _attempt(action: Callable[[], Result]) -> tuple[str | None, Result | None]:
         return None, action()
     except UserError as error:
         return str(error), None
+
+
+def gathered(value: Result, group: dist.ProcessGroup | None) -> list[Result]:
+    """What every rank of a gloo group has to say, in their order."""
+    said: list[Result] = [value]
+    if group is not None:
+        said *= group.size()
+        dist.all_gather_object(said, value, group=group)
+    return said

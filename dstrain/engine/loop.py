@@ -8,6 +8,7 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
@@ -15,7 +16,8 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from dstrain.comm.collectives import Peers, Reducing, all_reduce_max
+from dstrain.comm.agreement import gathered
+from dstrain.comm.collectives import Peers, Reducing, all_reduce_max, all_reduce_sum
 from dstrain.comm.trace import STAGES, CommTotals, Label, exposed
 from dstrain.config.schema import Config
 from dstrain.dispatch.balance import update_bias
@@ -30,6 +32,8 @@ from dstrain.model.loss import StepLoss
 from dstrain.model.transformer import Transformer, router_names
 from dstrain.parallel.apply import logical_parameters
 from dstrain.plan.placement import Placement
+from dstrain.precision.products import cached_weights
+from dstrain.precision.watch import LARGEST, figures
 from dstrain.schedule.choose import Orders, Program
 from dstrain.schedule.pipe import Pipe
 from dstrain.schedule.run import NoEdges, run_stages
@@ -78,6 +82,8 @@ class StepReport:
     moved: Moved | None
     # In which order the micro-batches ran their phases, and why.
     order: str
+    # What quantising did to the step's tensors (precision/watch.py); empty unless it was time to look.
+    rounding: dict[str, float]
     # Some rank was asked to stop (a signal).
     stop: bool
 
@@ -200,7 +206,8 @@ class Trainer:
             return End(end.roots, None, end.output)
 
         self.engine.expect(self._gradients(program))
-        self.forward_and_backward(program, {course: partial(start, *course) for course in program.courses})
+        with cached_weights(self.model):
+            self.forward_and_backward(program, {course: partial(start, *course) for course in program.courses})
         return sums
 
     def _gradients(self, program: Program) -> dict[str, int]:
@@ -225,7 +232,9 @@ class Trainer:
         """One optimiser step. Raises SharedError when loss or gradient are not finite, before anything is updated."""
         began = time.perf_counter()
         self.groups.trace.label = Label(step=self.progress.step + 1)
-        sums = self.accumulate()
+        looks = self._looks()
+        with self.model.watch.counting() if looks else nullcontext():
+            sums = self.accumulate()
         sums.wait()
         # On a GPU it ends with a synchronisation: from then on, the times of all waits are known.
         grad_norm = self.engine.reduce()
@@ -235,9 +244,9 @@ class Trainer:
         main, mtp, balance, z, total = sums.parts_5.tolist()
         if not (isfinite(total) and isfinite(grad_norm)):
             raise SharedError(
-                f"step {self.progress.step + 1}: loss {total} and gradient norm {grad_norm} must be finite. "
-                "Nothing was updated; go on from the last checkpoint with a lower optim.lr or a longer "
-                "optim.warmup_steps."
+                f"step {self.progress.step + 1}: loss {total} and gradient norm {grad_norm} must be finite"
+                f"{self._culprit()}. Nothing was updated; go on from the last checkpoint with a lower optim.lr or a "
+                "longer optim.warmup_steps."
             )
         lr = learning_rate(self.config, self.progress.step, self.progress.tokens)
         self.engine.step(lr)
@@ -267,8 +276,32 @@ class Trainer:
             layers=layers,
             moved=moved,
             order=self.orders.reason,
+            rounding=self._rounding() if looks else {},
             stop=any_stop > 0,
         )
+
+    def _looks(self) -> bool:
+        """Whether it is time to watch what quantising does."""
+        every = self.config.precision.watch_every_steps
+        return self.config.precision.products != "compute" and every > 0 and (self.progress.step + 1) % every == 0
+
+    def _rounding(self) -> dict[str, float]:
+        counts_C5, world = self.model.watch.counts, self.groups.world
+        largest_C = all_reduce_max(counts_C5[:, LARGEST].clone(), world)
+        all_reduce_sum(counts_C5, world)[:, LARGEST] = largest_C
+        return figures(counts_C5)
+
+    def _culprit(self) -> str:
+        """Where the step went wrong, if it was met on its way into a product in FP8: the step is run once more, and
+        this time every tensor is looked at."""
+        if self.config.precision.products == "compute":
+            return ""
+        with self.model.watch.naming() as broken:
+            self.accumulate().wait()
+        firsts = [names[0] for names in gathered(broken, self.groups.background) if names]
+        # The backward pass meets first what the forward pass has left.
+        firsts.sort(key=lambda name: name.startswith("gradient"))
+        return f"; the first tensor with NaN or infinity that was to be quantised is the {firsts[0]}" if firsts else ""
 
     def _balance(self, sums: _Sums, tokens: int, rate: float) -> list[LayerLoad]:
         """Moves the router biases against the load of the global batch, which every rank knows of every layer."""

@@ -36,6 +36,7 @@ def step_record(report: StepReport, config: Config, world: int) -> dict[str, Val
         **({"stages_wait_ms": report.comm.stages_ms} if config.mesh.pp > 1 else {}),
         **_traffic_record(report.comm),
         "memory_gib": report.memory_gib,
+        **{f"fp8/{name}": value for name, value in report.rounding.items()},
     }
     if report.progress.step % config.metrics.moe_every_steps == 0:
         for layer in report.layers:

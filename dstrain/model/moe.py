@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from dstrain.config.schema import ModelConfig
 from dstrain.model.router import Router
-from dstrain.precision.chunked import chunked_experts
+from dstrain.precision.chunked import chunked
 from dstrain.precision.grouped import grouped_linear
-from dstrain.precision.linear import Linear
+from dstrain.precision.linear import GatedLinear, Linear
+from dstrain.precision.products import Products, gated, product
 from dstrain.precision.swiglu import swiglu
+from dstrain.precision.weight_gradients import used
 
 
 class FeedForward(nn.Module):
@@ -22,11 +24,11 @@ class FeedForward(nn.Module):
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
         self.gate_up = Linear(hidden_size, 2 * width)
-        self.down = Linear(width, hidden_size)
+        self.down = GatedLinear(width, hidden_size)
 
     def lower(self, gate_up: Tensor) -> Tensor:
         """From the input of the activation on; a method of its own, so that it can be computed again."""
-        return self.down(swiglu(gate_up))
+        return self.down(gate_up)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lower(self.gate_up(x))
@@ -42,19 +44,34 @@ class Experts(nn.Module):
         width, hidden = model.moe_intermediate_size, model.hidden_size
         self.gate_up = nn.Parameter(torch.empty(len(held), 2 * width, hidden))
         self.down = nn.Parameter(torch.empty(len(held), hidden, width))
+        # Its parameters' products in FP8, by their names; None: in the dtype of the weights.
+        self.products: dict[str, Products] | None = None
         # More rows than this go through in chunks, so that memory stays bounded. None: all at once.
         self.chunk_rows: int | None = None
 
-    def lower(self, gate_up: Tensor, counts_E: Tensor, weights_R: Tensor | None) -> Tensor:
+    def upper(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
+        """To the input of the activation; where each expert's rows end, `ends_E` says (int32)."""
+        if self.products is None:
+            return grouped_linear(rows_RD, self.gate_up, ends_E)
+        return product(rows_RD, self.gate_up, ends_E, self.products["gate_up"], used(self.gate_up))
+
+    def lower(self, gate_up: Tensor, weights_R: Tensor | None, ends_E: Tensor) -> Tensor:
         """From the input of the activation on; a method of its own, so that it can be computed again."""
-        return grouped_linear(swiglu(gate_up, weights_R), self.down, counts_E)
+        if self.products is None:
+            return grouped_linear(swiglu(gate_up, weights_R), self.down, ends_E)
+        return gated(gate_up, weights_R, self.down, ends_E, self.products["down"], used(self.down))
+
+    def compute(self, rows_RD: Tensor, weights_R: Tensor | None, ends_E: Tensor) -> Tensor:
+        return self.lower(self.upper(rows_RD, ends_E), weights_R, ends_E)
 
     def forward(self, rows_RD: Tensor, counts_E: Tensor, weights_R: Tensor | None = None) -> Tensor:
         """Rows sorted by expert, `counts_E` of them each, through their experts, times their weights (FP32; None: all
         one): [R, D]."""
+        ends_E = counts_E.cumsum(0, dtype=torch.int32)
         if self.chunk_rows is not None and len(rows_RD) > self.chunk_rows:
-            return chunked_experts(rows_RD, self.gate_up, self.down, counts_E, self.chunk_rows, weights_R)
-        return self.lower(grouped_linear(rows_RD, self.gate_up, counts_E), counts_E, weights_R)
+            weights = (self.gate_up, self.down)
+            return chunked(self.compute, weights, rows_RD, weights_R, ends_E, self.chunk_rows)
+        return self.compute(rows_RD, weights_R, ends_E)
 
 
 class MoE(nn.Module):

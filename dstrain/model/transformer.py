@@ -23,6 +23,7 @@ from dstrain.model.rope import rotation
 from dstrain.model.router import Router
 from dstrain.plan.split import Stage, embeds_at_end, moe_blocks, whole
 from dstrain.precision.linear import Embedding, Linear
+from dstrain.precision.watch import Watch
 
 # A part of a walk that leaves hidden states behind.
 Stretches = Generator[Block, Tensor, Tensor]
@@ -55,6 +56,8 @@ class Transformer(nn.Module):
                 "model.vocab_size must be a number to build a model; the trainer takes it from the tokenizer"
             )
         self.config = model
+        # Of its products in FP8, where it has any.
+        self.watch = Watch(torch.device("cpu"))
         self.stages, self.own = tuple(stages) or (whole(model),), tuple(own)
         begins = any(self.stages[n].is_first for n in own)
         ends = any(self.stages[n].is_last for n in own)

@@ -1,6 +1,7 @@
 """Where model, mesh and dispatcher meet: the one fixed order in which a model is made parallel.
 
-build on no memory -> the rank's experts and its dispatcher -> memory -> initial weights -> recomputation
+build on no memory -> the rank's experts and its dispatcher -> memory -> initial weights -> products in FP8 ->
+recomputation
 """
 
 from dataclasses import dataclass
@@ -17,8 +18,12 @@ from dstrain.model.init import init_weights
 from dstrain.model.moe import Experts
 from dstrain.model.router import Router
 from dstrain.model.transformer import Transformer
+from dstrain.parallel.precision import apply_products
 from dstrain.parallel.recompute import apply_recompute
 from dstrain.plan.split import embeds_at_end, split, whole
+from dstrain.precision.backend import Scheme
+from dstrain.precision.reference import Reference
+from dstrain.precision.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,10 @@ def build_model(config: Config, groups: Groups, dispatcher: Dispatcher | None = 
     for module in model.modules():
         if isinstance(module, Experts):
             module.chunk_rows = chunk_rows(config)
+    if config.precision.products != "compute" and groups.place.device.type != "meta":
+        model.watch = Watch(groups.place.device)
+        backend = Reference(Scheme.of(config.precision), getattr(torch, config.precision.compute_dtype))
+        apply_products(model, config.precision, backend, model.watch)
     apply_recompute(model, config.train.recompute)
     return model
 

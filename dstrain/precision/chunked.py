@@ -7,34 +7,33 @@ gradients stay whole: two times two hidden states for every row.
 Chunks are cut by rows and not by experts, so the host needs no counts: the part of each expert in a chunk is computed
 on the device. Products of a row don't depend on the chunk it is in; weight gradients are sums over chunks, in FP32.
 
-Shapes: R rows, C rows of a chunk, D hidden, I expert width, E experts.
+Shapes: R rows, C rows of a chunk, D hidden, E experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from dstrain.precision.swiglu import swiglu, swiglu_backward
-from dstrain.precision.weight_gradients import WeightGradients, used
+from dstrain.precision.weight_gradients import WeightGradients, undisturbed, used
+
+# Rows [C, D], their weights [C] if they have any, and where each expert's end -> [C, D].
+Compute = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 
 
-def chunked_experts(
+def chunked(
+    compute: Compute,
+    parameters: Sequence[Tensor],
     rows_RD: Tensor,
-    gate_up_E2ID: Tensor,
-    down_EDI: Tensor,
-    counts_E: Tensor,
+    weights_R: Tensor | None,
+    ends_E: Tensor,
     chunk_rows: int,
-    weights_R: Tensor | None = None,
 ) -> Tensor:
-    """grouped_linear, SwiGLU times the weights of the rows (FP32; None: all one), grouped_linear for `chunk_rows` rows
-    at a time, [R, D]."""
-    ends_E = counts_E.cumsum(0, dtype=torch.int32)
-    gradients = (used(gate_up_E2ID), used(down_EDI))
-    return _ChunkedExperts.apply(rows_RD.contiguous(), weights_R, gate_up_E2ID, down_EDI, ends_E, chunk_rows, gradients)
+    """`compute`, a function of the rows and of `parameters`, for `chunk_rows` rows at a time: [R, D]."""
+    gradients = [used(parameter) for parameter in parameters]
+    return _Chunked.apply(rows_RD, weights_R, ends_E, chunk_rows, compute, gradients, *parameters)
 
 
 def _chunks(rows: int, ends_E: Tensor, chunk_rows: int) -> Iterator[tuple[slice, Tensor]]:
@@ -44,52 +43,51 @@ def _chunks(rows: int, ends_E: Tensor, chunk_rows: int) -> Iterator[tuple[slice,
         yield slice(begin, end), ends_E.clamp(begin, end) - begin
 
 
-class _ChunkedExperts(torch.autograd.Function):
+class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         rows_RD: Tensor,
         weights_R: Tensor | None,
-        gate_up: Tensor,
-        down: Tensor,
         ends_E: Tensor,
         chunk_rows: int,
-        gradients: tuple[WeightGradients | None, WeightGradients | None],
+        compute: Compute,
+        gradients: Sequence[WeightGradients | None],
+        *parameters: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(rows_RD, weights_R, ends_E)
         # As they are: recomputation would give back other tensors for saved ones.
-        ctx.weights, ctx.chunk_rows, ctx.gradients = (gate_up, down), chunk_rows, gradients
-        result_RD = torch.empty_like(rows_RD)
+        ctx.compute, ctx.parameters, ctx.gradients, ctx.chunk_rows = compute, parameters, gradients, chunk_rows
+        result_RD = torch.empty(rows_RD.shape, dtype=rows_RD.dtype, device=rows_RD.device)
         for chunk, ends in _chunks(len(rows_RD), ends_E, chunk_rows):
-            before = F.grouped_mm(rows_RD[chunk], gate_up.transpose(1, 2), offs=ends)
-            inner = swiglu(before, None if weights_R is None else weights_R[chunk])
-            result_RD[chunk] = F.grouped_mm(inner, down.transpose(1, 2), offs=ends)
+            result_RD[chunk] = compute(rows_RD[chunk], None if weights_R is None else weights_R[chunk], ends)
         return result_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        (rows_RD, weights_R, ends_E), (gate_up, down) = ctx.saved_tensors, ctx.weights
-        grad_rows_RD, grad_RD = torch.empty_like(rows_RD), grad_RD.contiguous()
+        (rows_RD, weights_R, ends_E), parameters = ctx.saved_tensors, ctx.parameters
+        grad_rows_RD = torch.empty(rows_RD.shape, dtype=rows_RD.dtype, device=rows_RD.device)
         grad_weights_R = None if weights_R is None else torch.empty_like(weights_R)
         # Added in FP32: in BF16, the sum of each chunk has been rounded once, and the whole is again.
-        grad_gate_up, grad_down = (torch.zeros_like(weight, dtype=torch.float32) for weight in (gate_up, down))
+        sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
         for chunk, ends in _chunks(len(rows_RD), ends_E, ctx.chunk_rows):
-            before = F.grouped_mm(rows_RD[chunk], gate_up.transpose(1, 2), offs=ends)
-            weights = None if weights_R is None else weights_R[chunk]
-            grad_inner = F.grouped_mm(grad_RD[chunk], down, offs=ends)
-            grad_down += F.grouped_mm(grad_RD[chunk].t(), swiglu(before, weights), offs=ends).float()
-            grad_before, grad_weights = swiglu_backward(before, weights, grad_inner)
-            if grad_weights_R is not None and grad_weights is not None:
-                grad_weights_R[chunk] = grad_weights
-            grad_gate_up += F.grouped_mm(grad_before.t(), rows_RD[chunk], offs=ends).float()
-            grad_rows_RD[chunk] = F.grouped_mm(grad_before, gate_up, offs=ends)
-        weights = ((gate_up, grad_gate_up), (down, grad_down))
-        return grad_rows_RD, grad_weights_R, *map(_hand_over, ctx.gradients, weights), None, None, None
+            inputs = [rows_RD[chunk].detach().requires_grad_(), *parameters]
+            weights = None
+            if grad_weights_R is not None and weights_R is not None:
+                weights = weights_R[chunk].detach().requires_grad_()
+                inputs.append(weights)
+            with torch.enable_grad(), undisturbed():
+                result = ctx.compute(inputs[0], weights, ends)
+                grad_rows_RD[chunk], *grads = torch.autograd.grad(result, inputs, grad_RD[chunk])
+            if grad_weights_R is not None:
+                grad_weights_R[chunk] = grads.pop()
+            for total, grad in zip(sums, grads, strict=True):
+                total += grad
+        handed = [_hand_over(*each) for each in zip(ctx.gradients, parameters, sums, strict=True)]
+        return grad_rows_RD, grad_weights_R, None, None, None, None, *handed
 
 
-def _hand_over(gradients: WeightGradients | None, weight_and_grad: tuple[Tensor, Tensor]) -> Tensor | None:
+def _hand_over(gradients: WeightGradients | None, weight: Tensor, grad: Tensor) -> Tensor | None:
     """A gradient that is already there goes to autograd, or to whoever hands it over later."""
-    weight, grad = weight_and_grad
-    narrow = grad.to(weight.dtype)
-    return narrow if gradients is None else gradients.take(weight, lambda: narrow)
+    return grad if gradients is None else gradients.take(weight, lambda: grad)

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from dstrain.precision.weight_gradients import WeightGradients, used
 
 
-def grouped_linear_reference(x_RK: Tensor, weight_EMK: Tensor, counts_E: Tensor) -> Tensor:
+def grouped_linear_reference(x_RK: Tensor, weight_EMK: Tensor, ends_E: Tensor) -> Tensor:
     """One expert after the other; the plain meaning of `grouped_linear`."""
-    parts = [F.linear(x, weight) for x, weight in zip(x_RK.split(counts_E.tolist()), weight_EMK.unbind(), strict=True)]
-    return torch.cat(parts)
+    parts = x_RK.tensor_split(ends_E.long().cpu()[:-1])
+    return torch.cat([F.linear(x, weight) for x, weight in zip(parts, weight_EMK.unbind(), strict=True)])
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -47,11 +47,10 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_x, grad_weight() if needs_weight else None, None, None
 
 
-def grouped_linear(x_RK: Tensor, weight_EMK: Tensor, counts_E: Tensor) -> Tensor:
-    """y[r] = weight[expert of r] @ x[r], [R, M]; the first counts_E[0] rows belong to expert 0, and so on.
-    `counts_E` lies on the device of x.
+def grouped_linear(x_RK: Tensor, weight_EMK: Tensor, ends_E: Tensor) -> Tensor:
+    """y[r] = weight[expert of r] @ x[r], [R, M]; the first ends_E[0] rows belong to expert 0, those up to ends_E[1] to
+    expert 1, and so on. `ends_E`, int32, lies on the device of x.
 
     Experts without rows get zero gradients, never None: a reduction over ranks waits for every one of them.
     """
-    ends_E = counts_E.cumsum(0, dtype=torch.int32)
     return _GroupedLinear.apply(x_RK.contiguous(), weight_EMK, ends_E, used(weight_EMK))

@@ -1,5 +1,5 @@
-"""Linear layers and embeddings whose weight gradients can be computed apart (weight_gradients.py), in FP8 where asked for
-(products.py).
+"""Linear layers and embeddings whose weight gradients can be computed apart (weight_gradients.py); in FP8 where that is
+asked for (products.py).
 
 Shapes: ... leading dimensions, K in, M out, F inner width of a SwiGLU, V vocabulary, D hidden.
 """

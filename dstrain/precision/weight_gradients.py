@@ -117,6 +117,17 @@ def used(weight: Tensor, *, shared: bool = False) -> WeightGradients | None:
     return _active
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside, autograd computes every gradient in its place: for a graph within a backward pass."""
+    global _active
+    before, _active = _active, None
+    try:
+        yield
+    finally:
+        _active = before
+
+
 def _deliver(weight: Tensor, found: _Sum, turn: int, compute: Compute) -> None:
     with torch.no_grad():
         complete = found.add(turn, compute())

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dstrain.precision.chunked import chunked_experts
+from dstrain.precision.chunked import chunked
 from dstrain.precision.grouped import grouped_linear
 from dstrain.precision.swiglu import swiglu
 from dstrain.precision.weight_gradients import Job, WeightGradients
@@ -19,20 +19,28 @@ def inputs(dtype: torch.dtype, rows: int = 17) -> list[Tensor]:
     return [*made, torch.randn(rows, generator=generator).requires_grad_()]
 
 
-def whole(rows: Tensor, gate_up: Tensor, down: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
-    return grouped_linear(swiglu(grouped_linear(rows, gate_up, counts), weights), down, counts)
+def ends(counts: list[int]) -> Tensor:
+    return torch.tensor(counts).cumsum(0, dtype=torch.int32)
+
+
+def whole(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor, weights: Tensor | None = None) -> Tensor:
+    return grouped_linear(swiglu(grouped_linear(rows, gate_up, ends), weights), down, ends)
 
 
 def in_chunks(chunk_rows: int):
-    return lambda rows, gate_up, down, counts, weights=None: chunked_experts(
-        rows, gate_up, down, counts, chunk_rows, weights
-    )
+    def run(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor, weights: Tensor | None = None) -> Tensor:
+        def compute(rows: Tensor, weights: Tensor | None, ends: Tensor) -> Tensor:
+            return whole(rows, gate_up, down, ends, weights)
+
+        return chunked(compute, (gate_up, down), rows, weights, ends, chunk_rows)
+
+    return run
 
 
 def results(run, dtype: torch.dtype, counts: list[int], weighted: bool = True) -> list[Tensor]:
     """The output and the gradients of rows, weights of the experts, and weights of the rows."""
     rows, gate_up, down, weights = inputs(dtype, sum(counts))
-    out = run(rows, gate_up, down, torch.tensor(counts), *[weights] * weighted)
+    out = run(rows, gate_up, down, ends(counts), *[weights] * weighted)
     out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype))
     return [out, rows.grad, gate_up.grad, down.grad, *[weights.grad] * weighted]
 
@@ -61,7 +69,7 @@ def test_weight_gradients_go_where_they_are_wanted(deferred: bool):
     gradients, jobs = WeightGradients(defers=deferred), list[Job]()
     rows, gate_up, down, weights = inputs(torch.float32)
     with gradients.active(forward=True):
-        out = chunked_experts(rows, gate_up, down, torch.tensor(COUNTS[0]), 4, weights)
+        out = in_chunks(4)(rows, gate_up, down, ends(COUNTS[0]), weights)
     with gradients.active(later=jobs):
         out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
     gradients.check_complete()
@@ -78,6 +86,6 @@ def test_nothing_but_the_rows_and_their_weights_is_kept_for_the_backward_pass():
     rows, gate_up, down, weights = inputs(torch.float32)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        chunked_experts(rows, gate_up, down, torch.tensor(COUNTS[0]), 4, weights)
+        in_chunks(4)(rows, gate_up, down, ends(COUNTS[0]), weights)
     given = {id(gate_up), id(down)}
     assert sum(x.numel() for x in kept if id(x) not in given) == rows.numel() + weights.numel() + E

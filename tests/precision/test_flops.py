@@ -16,10 +16,10 @@ def layers(device: str) -> tuple[Tensor, list[Tensor]]:
     x = torch.ones(2, ROWS // 2, WIDTH, device=device, requires_grad=True)
     weight = torch.ones(WIDTH, WIDTH, device=device, requires_grad=True)
     experts = torch.ones(EXPERTS, OUT, WIDTH, device=device, requires_grad=True)
-    counts_E = torch.tensor([ROWS // EXPERTS] * EXPERTS, device=device)
+    ends_E = torch.arange(1, EXPERTS + 1, dtype=torch.int32, device=device) * (ROWS // EXPERTS)
     hidden = F.linear(x, weight)
     mixed = torch.matmul(hidden, hidden.transpose(1, 2)) @ hidden
-    return grouped_linear(mixed.flatten(0, 1), experts, counts_E), [x, weight, experts]
+    return grouped_linear(mixed.flatten(0, 1), experts, ends_E), [x, weight, experts]
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -21,7 +21,7 @@ def product(function, dtype: torch.dtype, counts: list[int]) -> tuple[Tensor, Te
     generator = torch.Generator().manual_seed(3)
     x_RK = torch.randn(sum(counts), 16, generator=generator).to(dtype).requires_grad_()
     weight_EMK = torch.randn(3, 8, 16, generator=generator).to(dtype).requires_grad_()
-    y_RM = function(x_RK, weight_EMK, torch.tensor(counts))
+    y_RM = function(x_RK, weight_EMK, torch.tensor(counts).cumsum(0, dtype=torch.int32))
     (y_RM.float() * torch.randn(y_RM.shape, generator=generator)).sum().backward()
     assert x_RK.grad is not None
     assert weight_EMK.grad is not None

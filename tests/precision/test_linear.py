@@ -12,7 +12,7 @@ from dstrain.precision.grouped import grouped_linear
 from dstrain.precision.linear import Embedding, Linear, linear
 from dstrain.precision.weight_gradients import Job, WeightGradients
 
-COUNTS = torch.tensor([3, 0, 4])
+ENDS = torch.tensor([3, 3, 7], dtype=torch.int32)
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -39,7 +39,7 @@ def arrivals(weight: nn.Parameter) -> list[Tensor]:
 USES: dict[str, tuple[tuple[int, ...], Callable[[Tensor, nn.Parameter], Tensor]]] = {
     "linear": ((16, 8), linear),
     "linear of strided rows": ((16, 8), lambda x, weight: linear(x.transpose(0, 1), weight)),
-    "grouped": ((3, 16, 8), lambda x, weight: grouped_linear(x[0], weight, COUNTS)),
+    "grouped": ((3, 16, 8), lambda x, weight: grouped_linear(x[0], weight, ENDS)),
     "twice": ((8, 8), lambda x, weight: linear(linear(x, weight).relu(), weight)),
     "recomputed": ((8, 8), lambda x, weight: checkpoint(linear, x.sin(), weight, use_reentrant=False)),
 }

@@ -1,0 +1,45 @@
+"""Which modules compute in FP8: every Linear and the experts, but for those that precision.exclude names.
+
+Embedding, head, router, norms and the core of attention never do (DeepSeek-V3 section 3.3.1): they are no such modules,
+or the head.
+"""
+
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from dstrain.config.schema import PrecisionConfig
+from dstrain.errors import ConfigError
+from dstrain.model.attention import Attention
+from dstrain.model.moe import Experts
+from dstrain.model.transformer import Transformer
+from dstrain.precision.backend import Backend
+from dstrain.precision.formats import E4M3, E5M6
+from dstrain.precision.linear import Linear
+from dstrain.precision.products import Products
+from dstrain.precision.watch import Watch
+
+NEVER = ("head",)
+
+
+def apply_products(model: Transformer, precision: PrecisionConfig, backend: Backend, watch: Watch) -> None:
+    """Gives the modules their products; ConfigError for a pattern of precision.exclude that names none of them."""
+    able = {name: module for name, module in model.named_modules() if isinstance(module, (Linear, Experts))}
+    able = {name: module for name, module in able.items() if name not in NEVER}
+    for pattern in precision.exclude:
+        if not any(fnmatchcase(name, pattern) for name in able):
+            some = ", ".join(list(able)[:3])
+            rule = f"no module that computes in {precision.products} has such a name; there are {some} ..."
+            raise ConfigError("precision.exclude", pattern, rule, "Name modules, with * for any part of a name.")
+    outputs = {id(module.o) for module in model.modules() if isinstance(module, Attention)}
+    for name, module in able.items():
+        if not any(fnmatchcase(name, pattern) for pattern in precision.exclude):
+            module.products = {
+                # The backward pass of attention needs the input of its output projection as well (section 3.3.3).
+                parameter: Products(f"{name}.{parameter}", backend, watch, E5M6 if id(module) in outputs else E4M3)
+                for parameter, _ in module.named_parameters(recurse=False)
+            }
+
+
+def computes_in_fp8(module: nn.Module) -> bool:
+    return getattr(module, "products", None) is not None
