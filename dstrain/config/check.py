@@ -31,12 +31,12 @@ from dstrain.config.pipeline import (
     check_stages,
     check_table,
 )
+from dstrain.config.precision import DTYPES, check_precision
 from dstrain.config.rules import above_zero, at_least, listed, near, need, need_text, one_of
 from dstrain.config.schema import Config
 from dstrain.errors import ConfigError
 
 RECOMPUTE = ("norm", "mla_up", "swiglu", "attend", "experts", "layer")
-DTYPES = ("float32", "bfloat16")
 
 # Keys (or their beginnings) that make a run what it is: with another value, a resumed run would be a different one.
 IDENTITY = (
@@ -164,10 +164,8 @@ def check_recipe(config: Config) -> None:
 
 def check_machine(config: Config) -> None:
     """Precision, engine, checkpoints, metrics, hardware."""
-    one_of(config, "precision.compute_dtype", *DTYPES)
-    one_of(config, "precision.moments_dtype", *DTYPES)
-    one_of(config, "precision.grad_wire_dtype", *DTYPES)
     one_of(config, "engine.name", "torch", "deepspeed")
+    check_precision(config)
     engine, stages = config.engine, {"torch": (1,), "deepspeed": (1, 2)}[config.engine.name]
     need(
         engine.zero_stage in stages,

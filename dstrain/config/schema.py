@@ -236,7 +236,8 @@ class PrecisionConfig:
     exclude: tuple[str, ...] = ()
     # Tiles of activation gradients: rows (1x128) | blocks (128x128, which diverged in DeepSeek-V3 appendix B.2)
     gradient_tiles: str = "rows"
-    # Parameters of such products that ranks gather after an update: compute (in compute_dtype) | fp8
+    # What ranks gather of such parameters after an update: compute (in compute_dtype) | fp8 (half the bytes; needs
+    # products=fp8, scales=power_of_two, engine.name=torch) | auto (fp8 where it can be, otherwise compute)
     gather: str = "compute"
     # Steps between records of amax and of what is lost by underflow and overflow; 0: none.
     watch_every_steps: int = 0

@@ -34,7 +34,8 @@ class Engine(Protocol):
         ...
 
     def state(self) -> Shards:
-        """The live `master/<name>`, `exp_avg/<name>` and `exp_avg_sq/<name>` ranges; a load writes into them."""
+        """The live `master/<name>`, `exp_avg/<name>` and `exp_avg_sq/<name>` ranges; a load writes into them. Those of
+        moments in 8 bits are FP32 copies, which the next `loaded` takes over or the next `expect` forgets."""
         ...
 
     def loaded(self, step: int) -> None:

@@ -1,7 +1,7 @@
-"""AdamW on flat shards: FP32 master weights, moments in FP32 or BF16 (DeepSeek-V3 section 3.3.3).
+"""AdamW on flat shards: FP32 master weights, moments in FP32, BF16 (DeepSeek-V3 section 3.3.3) or 8 bits (moments.py).
 
-The arithmetic is torch's fused kernel in FP32. Narrow moments are widened a block at a time, so that the whole shard is
-never held twice.
+The arithmetic is torch's fused kernel in FP32. Narrow moments are widened a stretch at a time, so that the whole shard
+is never held twice.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from dstrain.config.schema import OptimConfig
+from dstrain.engine.moments import EightBit, Moment, keep, widened, zeros
 
 BLOCK_ELEMENTS = 1 << 20
 NORM_BLOCK_ELEMENTS = 1 << 14
@@ -33,36 +34,52 @@ class AdamShard:
     """A flat FP32 range of weights with its two moments, updated in place."""
 
     master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    exp_avg: Moment
+    exp_avg_sq: Moment
     decays: bool
 
     @staticmethod
     def of(master: Tensor, moments_dtype: torch.dtype, decays: bool) -> "AdamShard":
-        exp_avg = torch.zeros_like(master, dtype=moments_dtype)
-        return AdamShard(master, exp_avg, torch.zeros_like(exp_avg), decays)
+        """Moments of zeros; torch.int8 stands for 8 bits."""
+        return AdamShard(
+            master, zeros(master, moments_dtype, signed=True), zeros(master, moments_dtype, signed=False), decays
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The three vectors by name, live; of moments in 8 bits FP32 copies, which `take_back` follows or `forget`."""
+        moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        lent = {name: x.lend() if isinstance(x, EightBit) else x for name, x in moments.items()}
+        return {"master": self.master, **lent}
+
+    def take_back(self) -> None:
+        """What `tensors` gave may have been written into."""
+        for moment in self._lenders():
+            moment.take_back()
+
+    def forget(self) -> None:
+        """Nobody uses what `tensors` gave any more."""
+        for moment in self._lenders():
+            moment.forget()
+
+    def _lenders(self) -> list[EightBit]:
+        return [moment for moment in (self.exp_avg, self.exp_avg_sq) if isinstance(moment, EightBit)]
 
     @torch.no_grad()
     def update(self, grad: Tensor, lr: float, updates_before: int, optim: OptimConfig) -> None:
         """One AdamW step with the FP32 gradient `grad`; `updates_before` steps have been made."""
-        blocks = zip(
-            *(t.split(BLOCK_ELEMENTS) for t in (self.master, grad, self.exp_avg, self.exp_avg_sq)), strict=True
-        )
-        for master, g, m, v in blocks:
-            self._update_block(master, g, m, v, lr=lr, updates_before=updates_before, optim=optim)
+        for begin in range(0, len(self.master), BLOCK_ELEMENTS):
+            self._update_block(slice(begin, begin + BLOCK_ELEMENTS), grad, lr, updates_before, optim)
 
-    def _update_block(
-        self, master: Tensor, grad: Tensor, m: Tensor, v: Tensor, *, lr: float, updates_before: int, optim: OptimConfig
-    ) -> None:
-        wide_m, wide_v = m.float(), v.float()
+    def _update_block(self, part: slice, grad: Tensor, lr: float, updates_before: int, optim: OptimConfig) -> None:
+        wide_m, wide_v = widened(self.exp_avg, part), widened(self.exp_avg_sq, part)
         adamw(
-            [master],
-            [grad],
+            [self.master[part]],
+            [grad[part]],
             [wide_m],
             [wide_v],
             max_exp_avg_sqs=[],
             # Filled on the device: a copy from the host would be waited for.
-            state_steps=[torch.full((), float(updates_before), device=master.device)],
+            state_steps=[torch.full((), float(updates_before), device=self.master.device)],
             fused=True,
             amsgrad=False,
             beta1=optim.beta1,
@@ -72,6 +89,5 @@ class AdamShard:
             eps=optim.eps,
             maximize=False,
         )
-        if m.dtype != wide_m.dtype:
-            m.copy_(wide_m)
-            v.copy_(wide_v)
+        keep(self.exp_avg, part, wide_m)
+        keep(self.exp_avg_sq, part, wide_v)

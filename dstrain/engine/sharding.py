@@ -233,6 +233,7 @@ class ShardedEngine:
 
     def expect(self, gradients: Mapping[str, int]) -> None:
         for bucket in self.buckets:
+            bucket.adam.forget()
             bucket.missing = sum(gradients[slot.logical.name] for slot in bucket.slots)
 
     @torch.no_grad()
@@ -282,14 +283,14 @@ class ShardedEngine:
         self.settle()
         shards: Shards = {}
         for bucket in self.buckets:
-            for kind in ("master", "exp_avg", "exp_avg_sq"):
-                pieces = bucket.pieces(getattr(bucket.adam, kind))
-                shards.update({f"{kind}/{name}": shard for name, shard in pieces})
+            for kind, tensor in bucket.adam.tensors().items():
+                shards.update({f"{kind}/{name}": shard for name, shard in bucket.pieces(tensor)})
         return shards
 
     @torch.no_grad()
     def loaded(self, step: int) -> None:
         self.updates = step
         for bucket in self.buckets:
+            bucket.adam.take_back()
             bucket.refresh(self._flat)
         self.settle()

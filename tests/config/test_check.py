@@ -31,6 +31,8 @@ def changed(node: Any, **values: Any) -> Any:
     return node
 
 
+FP8 = {"precision__products": "fp8", "precision__gather": "fp8"}
+
 BROKEN = [
     # field, values, part of the rule, part of the cure
     ("mesh.pp", {"mesh__pp": 0}, "at least 1", ""),
@@ -122,7 +124,17 @@ BROKEN = [
     ("optim.phases[0].tokens", {"optim__phases": (LrPhase(), LrPhase())}, "only the last phase", ""),
     ("precision.compute_dtype", {"precision__compute_dtype": "fp8"}, "no such choice", "float32, bfloat16"),
     ("precision.moments_dtype", {"precision__moments_dtype": "fp8"}, "no such choice", ""),
+    (
+        "precision.moments_dtype",
+        {"precision__moments_dtype": "int8", "engine__name": "deepspeed"},
+        "float32 or bfloat16",
+        "engine=torch",
+    ),
     ("precision.grad_wire_dtype", {"precision__grad_wire_dtype": "fp8"}, "no such choice", ""),
+    ("precision.gather", {"precision__gather": "fp4"}, "no such choice", "auto, compute, fp8"),
+    ("precision.gather", {"precision__gather": "fp8"}, "products in fp8", "precision.products=fp8"),
+    ("precision.gather", {**FP8, "precision__scales": "plain"}, "once more", "precision.scales=power_of_two"),
+    ("precision.gather", {**FP8, "engine__name": "deepspeed"}, "in the compute dtype", "precision.gather=auto"),
     ("engine.name", {"engine__name": "fsdp"}, "no such choice", "torch, deepspeed"),
     ("engine.zero_stage", {"engine__zero_stage": 2}, "offers 1", "the other engine"),
     ("engine.zero_stage", {"engine__zero_stage": 3, "engine__name": "deepspeed"}, "offers 1 and 2", ""),
@@ -165,6 +177,8 @@ KEPT = [
     {"train__ramp__tokens": 9, "train__ramp__start_sequences": 4, "train__ramp__increment_sequences": 6},
     {"optim__phases": (LrPhase("constant", 10), LrPhase("cosine"))},
     {"data__path": None, "data__blend": (Corpus("a", 2.0), Corpus("b"))},
+    {**FP8, "precision__moments_dtype": "int8"},
+    {**FP8, "precision__gather": "auto", "precision__scales": "plain", "engine__name": "deepspeed"},
 ]
 
 
