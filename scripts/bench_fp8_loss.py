@@ -2,10 +2,10 @@
 
     python scripts/bench_fp8_loss.py [--out DIR] [--seeds 3] [--tokens 2100000] [--only NAME ...] [overrides ...]
 
-A run is `dstrain train` in a process of its own; a finished one in --out is not made again. Compared is the mean loss of
-the last eighth of the steps, when the learning rate has come down: relative to BF16 of the same seed, and beside the
-spread of BF16 over seeds. DeepSeek-V3 (arXiv:2412.19437, section B.1) found less than 0.25 %, and divergence of a 16B
-model where gradients of activations were quantised in blocks (B.2). With --out, the curves go to fp8_loss.png there.
+A run is `dstrain train` in a process of its own; a finished one in --out is not made again. The mean loss of the last
+eighth of the steps, when the learning rate has come down, is compared: relative to BF16 of the same seed, and beside
+the spread of BF16 over seeds. DeepSeek-V3 (arXiv:2412.19437, section B.1) found less than 0.25 %, and divergence of a
+16B model where gradients of activations were quantised in blocks (B.2). With --out, the curves go to fp8_loss.png.
 """
 
 import argparse
