@@ -1,0 +1,42 @@
+"""FP8 products in Triton, for every GPU with FP8 tensor cores: L40S, H100, B200, RTX 4090 and 5090."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dstrain.precision.backend import Operand
+from dstrain.precision.backends.gpu import GpuBackend
+from dstrain.precision.kernels.gemm import multiply_rows
+from dstrain.precision.kernels.gemm_columns import multiply_columns
+from dstrain.precision.kernels.quantize import quantize_blocks
+from dstrain.precision.quantize import Quantized
+
+
+@dataclass(frozen=True)
+class Weight:
+    """In blocks, and turned: tensor cores want both sides of an FP8 product along the dimension of the sum."""
+
+    over_in: Quantized
+    over_out: Quantized
+
+
+class TritonBackend(GpuBackend):
+    name = "triton"
+
+    def weight(self, weight: Tensor) -> Weight:
+        blocks = quantize_blocks(weight, self.scheme.activations)
+        turned = Quantized(blocks.values.mT.contiguous(), blocks.scale.mT.contiguous())
+        return Weight(blocks, turned)
+
+    def forward(self, x: Quantized, weight: Weight, ends_E: Tensor | None) -> Tensor:
+        return self._multiply(x, weight.over_in, ends_E)
+
+    def input_gradient(self, grad: Quantized, weight: Weight, ends_E: Tensor | None) -> Tensor:
+        return self._multiply(grad, weight.over_out, ends_E)
+
+    def weight_gradient(self, grad: Operand, x: Operand, ends_E: Tensor | None) -> Tensor:
+        return multiply_columns(grad, x, ends_E)
+
+    def _multiply(self, rows: Quantized, blocks: Quantized, ends_E: Tensor | None) -> Tensor:
+        """Rows times the transpose of blocks: both kinds of product over channels."""
+        return multiply_rows(rows, blocks, ends_E, self.dtype)
