@@ -16,10 +16,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dstrain.errors import UserError
-from dstrain.precision.kernels import quantize
+from dstrain.precision.kernels import e5m6, gemm, gemm_columns, permute, quantize, swiglu
 from dstrain.precision.kernels.build import Build
 
-BUILDS: tuple[Build, ...] = tuple(build for module in (quantize,) for build in module.BUILDS)
+MODULES = (quantize, swiglu, e5m6, permute, gemm, gemm_columns)
+BUILDS: tuple[Build, ...] = tuple(build for module in MODULES for build in module.BUILDS)
 
 # Bytes of shared memory that one block may use (CUDA C++ Programming Guide, technical specifications per capability).
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}

@@ -21,7 +21,7 @@ from dstrain.precision.quantize import Quantized, padded_rows
 # Rows of a program, where tiles are of one row each.
 LINES = 32
 ROWS_LAUNCH = {"LINES": LINES, "num_warps": 4}
-TILE_LAUNCH = {"num_warps": 8}
+TILE_LAUNCH = {"num_warps": 16}
 
 
 def quantize_rows(x: Tensor, scaling: Scaling, tile: int = TILE) -> Quantized:
@@ -127,16 +127,16 @@ def _scales(x: Tensor, *shape: int) -> Tensor:
 def rows_kernel(x, values, scale, rows, columns, x_r, floor, POWER_OF_TWO: tl.constexpr, SCALES: tl.constexpr,
                 LINES: tl.constexpr):  # fmt: skip
     """A program quantises 128 columns of LINES rows, which have SCALES scales each."""
-    first = tl.program_id(0) * LINES
-    x_LV = load_tile(x, first, rows, tl.program_id(1), columns, x_r, LINES).to(tl.float32)
-    store_rows(x_LV, values, scale, first, rows, tl.program_id(1), columns, floor, POWER_OF_TWO, SCALES)
+    first, column = tl.program_id(0) * LINES, tl.program_id(1) * 128
+    x_LV = load_tile(x, first, rows, column, columns, x_r, LINES, 128).to(tl.float32)
+    store_rows(x_LV, values, scale, first, rows, column, columns, floor, POWER_OF_TWO, SCALES)
 
 
 @triton.jit
 def dequantize_kernel(values, scale, x, rows, columns, values_r, LINES: tl.constexpr):
-    first = tl.program_id(0) * LINES
-    x_LV = load_quantized(values, scale, first, rows, tl.program_id(1), columns, values_r, LINES)
-    store_tile(x, x_LV.to(x.dtype.element_ty), first, rows, tl.program_id(1), columns)
+    first, column = tl.program_id(0) * LINES, tl.program_id(1) * 128
+    x_LV = _load_quantized(values, scale, first, rows, column, columns, values_r, LINES)
+    store_tile(x, x_LV.to(x.dtype.element_ty), first, rows, column, columns, columns)
 
 
 @triton.jit
@@ -146,86 +146,82 @@ def columns_kernel(
     IS_QUANTIZED: tl.constexpr, WITH_ROWS: tl.constexpr,
 ):  # fmt: skip
     """A program has a tile of 128 rows of one expert, and 128 columns of it."""
-    tile, column_tile = tl.program_id(0), tl.program_id(1)
+    tile, column = tl.program_id(0), tl.program_id(1) * 128
     _, first, end = expert_of_tile(ends_E, tile, EXPERTS, LANES)
     if IS_QUANTIZED:
-        x_TV = load_quantized(x, x_scale, first, end, column_tile, columns, x_r, 128)
+        x_TV = _load_quantized(x, x_scale, first, end, column, columns, x_r, 128)
     else:
-        x_TV = load_tile(x, first, end, column_tile, columns, x_r, 128).to(tl.float32)
+        x_TV = load_tile(x, first, end, column, columns, x_r, 128, 128).to(tl.float32)
     if WITH_ROWS:
-        store_rows(x_TV, row_values, row_scale, first, end, column_tile, columns, floor, POWER_OF_TWO, SCALES)
-    store_columns(x_TV, values, scale, tile, padded, column_tile, columns, floor, POWER_OF_TWO, SCALES)
+        store_rows(x_TV, row_values, row_scale, first, end, column, columns, floor, POWER_OF_TWO, SCALES)
+    store_columns(x_TV, values, scale, tile, padded, column, columns, floor, POWER_OF_TWO, SCALES)
 
 
 @triton.jit
 def blocks_kernel(weight, values, scale, rows, columns, floor, POWER_OF_TWO: tl.constexpr):
     """A program has a block of 128 rows and columns of one expert."""
-    first, expert = tl.program_id(0) * 128, tl.program_id(2).to(tl.int64)
+    first, column, expert = tl.program_id(0) * 128, tl.program_id(1) * 128, tl.program_id(2).to(tl.int64)
     weight += expert * rows * columns
-    x_TV = load_tile(weight, first, rows, tl.program_id(1), columns, columns, 128).to(tl.float32)
+    x_TV = load_tile(weight, first, rows, column, columns, columns, 128, 128).to(tl.float32)
     block = scale_of(tl.max(largest_bits(x_TV, 1), 0), floor, POWER_OF_TWO)
     place = (expert * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
     tl.store(scale + place, block)
     codes_TV = e4m3_codes(x_TV, tl.broadcast_to(block, x_TV.shape), POWER_OF_TWO)
-    store_tile(values + expert * rows * columns, codes_TV, first, rows, tl.program_id(1), columns)
+    store_tile(values + expert * rows * columns, codes_TV, first, rows, column, columns, columns)
 
 
 @triton.jit
-def load_tile(x, first, end, column_tile, columns, x_r, LINES: tl.constexpr):
-    """LINES rows from `first` on and 128 columns; zeros for what lies behind the end of either.
+def load_tile(x, first, end, column, columns, x_r, LINES: tl.constexpr, WIDTH: tl.constexpr):
+    """LINES rows from `first` on and WIDTH columns from `column` on; zeros for what lies behind the end of either.
 
     The place of a tile is counted in int64, as a tensor may have more than 2^31 values; places in it are not.
     """
-    row_L, column_V = tl.arange(0, LINES), tl.arange(0, 128)
-    inside = (row_L[:, None] < end - first) & (column_V[None, :] < columns - column_tile * 128)
-    x += tl.cast(first, tl.int64) * x_r + column_tile * 128
+    row_L, column_V = tl.arange(0, LINES), tl.arange(0, WIDTH)
+    inside = (row_L[:, None] < end - first) & (column_V[None, :] < columns - column)
+    x += tl.cast(first, tl.int64) * x_r + column
     return tl.load(x + row_L[:, None] * x_r + column_V[None, :], mask=inside, other=0)
 
 
 @triton.jit
-def load_quantized(x, scale, first, end, column_tile, columns, x_r, LINES: tl.constexpr):
-    """`load_tile` of quantised rows with a scale per 128 columns, in FP32."""
+def store_tile(x, tile_LV, first, end, column, columns, x_r):
+    """The opposite of `load_tile`."""
+    row_L, column_V = tl.arange(0, tile_LV.shape[0]), tl.arange(0, tile_LV.shape[1])
+    inside = (row_L[:, None] < end - first) & (column_V[None, :] < columns - column)
+    x += tl.cast(first, tl.int64) * x_r + column
+    tl.store(x + row_L[:, None] * x_r + column_V[None, :], tile_LV, mask=inside)
+
+
+@triton.jit
+def _load_quantized(x, scale, first, end, column, columns, x_r, LINES: tl.constexpr):
+    """`load_tile` of 128 columns that have one scale in each row, in FP32."""
     row_L, scales = tl.arange(0, LINES), tl.cdiv(columns, 128)
-    scale += tl.cast(first, tl.int64) * scales + column_tile
+    scale += tl.cast(first, tl.int64) * scales + column // 128
     scale_L = tl.load(scale + row_L * scales, mask=row_L < end - first, other=1.0)
-    return e4m3_numbers(load_tile(x, first, end, column_tile, columns, x_r, LINES)) * scale_L[:, None]
+    return e4m3_numbers(load_tile(x, first, end, column, columns, x_r, LINES, 128)) * scale_L[:, None]
 
 
 @triton.jit
-def store_tile(x, tile_LV, first, end, column_tile, columns):
-    """The opposite of `load_tile`, into contiguous rows."""
-    row_L, column_V = tl.arange(0, tile_LV.shape[0]), tl.arange(0, 128)
-    inside = (row_L[:, None] < end - first) & (column_V[None, :] < columns - column_tile * 128)
-    x += tl.cast(first, tl.int64) * columns + column_tile * 128
-    tl.store(x + row_L[:, None] * columns + column_V[None, :], tile_LV, mask=inside)
-
-
-@triton.jit
-def store_rows(x_LV, values, scale, first, end, column_tile, columns, floor, POWER_OF_TWO: tl.constexpr,
+def store_rows(x_LV, values, scale, first, end, column, columns, floor, POWER_OF_TWO: tl.constexpr,
                SCALES: tl.constexpr):  # fmt: skip
     """Quantises 128 columns of some rows, of which those before `end` are stored."""
     x_LSV = tl.reshape(x_LV, (x_LV.shape[0], SCALES, 128 // SCALES))
     scale_LS = scale_of(largest_bits(x_LSV, 2), floor, POWER_OF_TWO)
-    row_L, scale_S, scales = tl.arange(0, x_LV.shape[0]), tl.arange(0, SCALES), tl.cdiv(columns, 128 // SCALES)
-    inside = (row_L[:, None] < end - first) & (scale_S[None, :] < scales - column_tile * SCALES)
-    scale += tl.cast(first, tl.int64) * scales + column_tile * SCALES
-    tl.store(scale + row_L[:, None] * scales + scale_S[None, :], scale_LS, mask=inside)
+    scales = tl.cdiv(columns, 128 // SCALES)
+    store_tile(scale, scale_LS, first, end, column // 128 * SCALES, scales, scales)
     codes_LSV = e4m3_codes(x_LSV, tl.broadcast_to(scale_LS[:, :, None], x_LSV.shape), POWER_OF_TWO)
-    store_tile(values, tl.reshape(codes_LSV, x_LV.shape), first, end, column_tile, columns)
+    store_tile(values, tl.reshape(codes_LSV, x_LV.shape), first, end, column, columns, columns)
 
 
 @triton.jit
-def store_columns(x_TV, values, scale, tile, padded, column_tile, columns, floor, POWER_OF_TWO: tl.constexpr,
+def store_columns(x_TV, values, scale, tile, padded, column, columns, floor, POWER_OF_TWO: tl.constexpr,
                   SCALES: tl.constexpr):  # fmt: skip
     """Quantises 128 rows by columns and turns them; `tile` is their place among those of all experts."""
-    x_STV = tl.reshape(x_TV, (SCALES, 128 // SCALES, 128))
+    x_STV = tl.reshape(x_TV, (SCALES, 128 // SCALES, x_TV.shape[1]))
     scale_SV = scale_of(largest_bits(x_STV, 1), floor, POWER_OF_TWO)
-    column_V, scale_S, scales = tl.arange(0, 128), tl.arange(0, SCALES), padded // 128 * SCALES
-    scale += tl.cast(column_tile, tl.int64) * 128 * scales + tile * SCALES
-    inside = column_V[None, :] < columns - column_tile * 128
-    tl.store(scale + column_V[None, :] * scales + scale_S[:, None], scale_SV, mask=inside)
+    scales = padded // 128 * SCALES
+    store_tile(scale, tl.trans(scale_SV), column, columns, tile * SCALES, scales, scales)
     codes_STV = e4m3_codes(x_STV, tl.broadcast_to(scale_SV[:, None, :], x_STV.shape), POWER_OF_TWO)
-    store_tile(values, tl.trans(tl.reshape(codes_STV, (128, 128))), column_tile * 128, columns, tile, padded)
+    store_tile(values, tl.trans(tl.reshape(codes_STV, x_TV.shape)), column, columns, tile * 128, padded, padded)
 
 
 _LINES = {
