@@ -50,7 +50,8 @@ def round_blocks(weight: Tensor, scaling: Scaling, dtype: torch.dtype) -> Tensor
         for tiles, _ in _tiles(wide, TILE):
             _round(tiles, (0, 2), scaling)
 
-    parts = [part for matrix in weight.reshape(-1, *weight.shape[-2:]) for part in matrix.split(TILE)]
+    matrices = weight.flatten(0, -3) if weight.dim() > 2 else weight[None]
+    parts = [part for matrix in matrices for part in matrix.split(TILE)]
     return torch.cat([_by_parts(part, dtype, rounds, len(part)) for part in parts]).view(weight.shape)
 
 
