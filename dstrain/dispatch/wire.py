@@ -2,21 +2,23 @@
 
     float32, bfloat16   the values
     fp8                 E4M3, one power-of-two scale per 128 values, as DeepSeek-V3 dispatches (arXiv:2412.19437, 3.3)
+    mxfp8               E4M3, one power-of-two scale per 32 (OCP Microscaling), as Blackwell's products take it
     fp4                 E2M1, two values a byte, one power-of-two scale per 32 (OCP Microscaling, MXFP4); an experiment
+    logfmt8, logfmt10   evenly spaced logarithms per 128 values (arXiv:2505.09343, 3.2); an experiment
 
 A quantised row is its values, then its scales (E8M0: one exponent byte, 2^(byte - 127), 255 is NaN), then zeros up to a
 multiple of 8 bytes, so that rows can be gathered as int64. A scale is the smallest power of two, at least 2^-126, that
 brings the largest magnitude of its tile to 448 (E4M3) or 6 (E2M1) or below: nothing saturates, zeros stay zeros, and
 quantising a second time changes nothing. There is no floor of 1e-4 under that magnitude, as DeepSeek's kernel has:
 gradients travel, too, and may be far smaller. A tile with NaN, infinity, or a magnitude above 2.97e38 (E4M3) or
-2.55e38 (E2M1) arrives as NaN throughout; the other tiles of the row are as ever.
+2.55e38 (E2M1) arrives as NaN throughout; the other tiles of the row are as ever. `LogFmt` says what is its own.
 
 Shapes: R rows, D hidden, B bytes of a row, S tiles of a row, V values of a tile.
 """
 
 from abc import ABC, abstractmethod
 from functools import cache
-from math import frexp
+from math import log
 
 import torch
 from torch import Tensor
@@ -24,8 +26,9 @@ from torch.nn import functional as F
 
 from dstrain.errors import ConfigError
 from dstrain.plan.traffic import ROW_ALIGNMENT, row_bytes
+from dstrain.precision.formats import E4M3, TILE, scale_exponents
 
-NAMES = ("float32", "bfloat16", "fp8", "fp4")
+NAMES = ("float32", "bfloat16", "fp8", "mxfp8", "fp4", "logfmt8", "logfmt10")
 # Values decoded at a time; on a CPU a block stays in the cache, too.
 WIDE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 
@@ -57,8 +60,8 @@ def wire_format(name: str, compute_dtype: torch.dtype) -> WireFormat:
         name = str(compute_dtype).removeprefix("torch.")
     if name not in NAMES:
         raise ConfigError("dispatch.wire", name, "no such format", f"Choose one of {', '.join(NAMES)}.")
-    quantised: dict[str, WireFormat] = {"fp8": Fp8(), "fp4": Fp4()}
-    return quantised.get(name) or Plain(getattr(torch, name))
+    made: tuple[WireFormat, ...] = (Fp8(), MxFp8(), Fp4(), LogFmt(8), LogFmt(10))
+    return {wire.name: wire for wire in made}.get(name) or Plain(getattr(torch, name))
 
 
 class Plain(WireFormat):
@@ -100,8 +103,8 @@ class Fp8(_Quantised):
     """E4M3 with a scale per 128 values: 1 + 1/128 bytes a value."""
 
     name = "fp8"
-    tile = 128
-    largest = 448.0
+    tile = TILE
+    largest = E4M3.largest
 
     def encode(self, rows_RD: Tensor, out: Tensor | None = None) -> Tensor:
         hidden = rows_RD.shape[1]
@@ -112,10 +115,22 @@ class Fp8(_Quantised):
         out[:, hidden:used] = scale8_RS
         return out
 
-    def _values(self, bytes_RB: Tensor, hidden: int) -> Tensor:
+    def unpack(self, bytes_RB: Tensor, hidden: int) -> tuple[Tensor, Tensor]:
+        """Values, float8_e4m3fn [R, hidden], and scales, float8_e8m0fnu [R, S]: views."""
         tiles = -(-hidden // self.tile)
-        values_RD = _e4m3_values(bytes_RB[:, :hidden])
-        return _unscaled(values_RD, bytes_RB[:, hidden : hidden + tiles], self.tile)
+        values_RD, scale_RS = bytes_RB[:, :hidden], bytes_RB[:, hidden : hidden + tiles]
+        return values_RD.view(torch.float8_e4m3fn), scale_RS.view(torch.float8_e8m0fnu)
+
+    def _values(self, bytes_RB: Tensor, hidden: int) -> Tensor:
+        values_RD, scale_RS = self.unpack(bytes_RB, hidden)
+        return _unscaled(_e4m3_values(values_RD.view(torch.uint8)), scale_RS, self.tile)
+
+
+class MxFp8(Fp8):
+    """E4M3 with a scale per 32 values: 1 + 1/32 bytes a value."""
+
+    name = "mxfp8"
+    tile = 32
 
 
 class Fp4(_Quantised):
@@ -140,7 +155,85 @@ class Fp4(_Quantised):
         values = tiles * self.tile // 2
         pairs = bytes_RB[:, :values].reshape(-1).int()
         values_RD = _e2m1_pairs(bytes_RB.device).index_select(0, pairs).view(torch.float32).view(-1, 2 * values)
-        return _unscaled(values_RD, bytes_RB[:, values : values + tiles], self.tile)[:, :hidden]
+        scale_RS = bytes_RB[:, values : values + tiles].view(torch.float8_e8m0fnu)
+        return _unscaled(values_RD, scale_RS, self.tile)[:, :hidden]
+
+
+class LogFmt(_Quantised):
+    """A sign, and a number k of `bits` - 1 bits: 0 for zero, otherwise largest * 2^(-span * (L - k) / (L - 1)) with the
+    last number L, so that 1 is the smallest magnitude of the tile and L the largest.
+
+    Largest magnitude and span travel with each tile, as BF16 rounded up. The span is at most 32, a range of 2^32:
+    smaller magnitudes become the smallest one or zero. Which of two numbers is nearer is decided between the values and
+    not between their logarithms, which would bring about values that are too large on average. 8 bits are k's low 7 and
+    the sign; of 10 bits, the low 8 bits of k come first, then a byte for each four values, of k's last bits and signs.
+    A tile with NaN, infinity or a magnitude above BF16's largest arrives as NaN throughout. 1 + 4/128 bytes a value, or
+    1.25 + 4/128.
+    """
+
+    tile = TILE
+    widest_span = 32.0
+
+    def __init__(self, bits: int):
+        self.name, self.bits, self.last = f"logfmt{bits}", bits, 2 ** (bits - 1) - 1
+
+    def encode(self, rows_RD: Tensor, out: Tensor | None = None) -> Tensor:
+        hidden = rows_RD.shape[1]
+        tiles_RSV = _tiles(rows_RD, self.tile)
+        ratio_RSV, scale_RS2 = self._ratios(tiles_RSV.abs())
+        number_RSV = self._numbers(ratio_RSV, self._steps(scale_RS2))
+        code_RD = (number_RSV | tiles_RSV.signbit().int() << self.bits - 1).flatten(1)[:, :hidden]
+        parts = [(code_RD & 255).byte()]
+        if self.bits > 8:
+            high_RQ4 = F.pad(code_RD >> 8, (0, -hidden % 4)).unflatten(1, (-1, 4))
+            parts.append((high_RQ4 << high_RQ4.new_tensor([0, 2, 4, 6])).sum(2).byte())
+        parts.append(scale_RS2.flatten(1).bfloat16().view(torch.uint8))
+        used = sum(part.shape[1] for part in parts)
+        out = _bytes(self, rows_RD, out, used)
+        out[:, :used] = torch.cat(parts, 1)
+        return out
+
+    def _ratios(self, size_RSV: Tensor) -> tuple[Tensor, Tensor]:
+        """Magnitudes over the largest one of their tile, and [..., 2] that with the span: NaN where a tile has none."""
+        largest_RS1 = size_RSV.amax(2, keepdim=True)
+        # A NaN may have all bits set, to which nothing can be added.
+        largest_RS1 = _rounded_up(largest_RS1.masked_fill_(largest_RS1.isnan(), torch.inf))
+        largest_RS1 = largest_RS1.masked_fill_(largest_RS1.isinf(), torch.nan)
+        # Of a tile of zeros, whose numbers are all zero.
+        ratio_RSV = torch.where(largest_RS1 == 0, 0.0, size_RSV / largest_RS1)
+        smallest_RS1 = torch.where(ratio_RSV > 0, ratio_RSV, 1.0).amin(2, keepdim=True)
+        span_RS1 = _rounded_up(smallest_RS1.log2().neg().clamp_(0.0, self.widest_span))
+        return ratio_RSV, torch.cat((largest_RS1, span_RS1), 2)
+
+    def _steps(self, scale_RS2: Tensor) -> Tensor:
+        """Between neighbouring logarithms; a little where all magnitudes of a tile are one."""
+        return (scale_RS2[..., 1:] / (self.last - 1)).clamp_min(1e-12)
+
+    def _numbers(self, ratio_RSV: Tensor, step_RS1: Tensor) -> Tensor:
+        """The k of each magnitude, int32; 0 where there is none.
+
+        A magnitude between two neighbours takes the upper one above their mean, whose logarithm is `middle` steps above
+        the lower one's.
+        """
+        middle_RS1 = torch.log1p(torch.expm1(step_RS1 * log(2)) / 2) / (step_RS1 * log(2))
+        place_RSV = ratio_RSV.log2() / step_RS1 + self.last
+        number_RSV = (place_RSV + (1 - middle_RS1)).floor().clamp(1, self.last)
+        # Half of the smallest magnitude is as near to it as to zero.
+        is_zero = (ratio_RSV == 0) | (place_RSV < 1 - 1 / step_RS1) | ratio_RSV.isnan()
+        return number_RSV.masked_fill_(is_zero, 0.0).int()
+
+    def _values(self, bytes_RB: Tensor, hidden: int) -> Tensor:
+        tiles, code_RD, at = -(-hidden // self.tile), bytes_RB[:, :hidden].int(), hidden
+        if self.bits > 8:
+            at += -(-hidden // 4)
+            high_RQ1 = bytes_RB[:, hidden:at].int().unsqueeze(2)
+            code_RD |= (high_RQ1 >> high_RQ1.new_tensor([0, 2, 4, 6]) & 3).flatten(1)[:, :hidden] << 8
+        scale_RS2 = bytes_RB[:, at : at + 4 * tiles].contiguous().view(torch.bfloat16).float().view(-1, tiles, 2)
+        code_RSV = _tiles(code_RD, self.tile)
+        number_RSV = code_RSV & self.last
+        sign_RSV = 1 - 2 * (code_RSV >> self.bits - 1)
+        size_RSV = torch.exp2((number_RSV - self.last) * self._steps(scale_RS2)) * scale_RS2[..., :1]
+        return (size_RSV * sign_RSV * (number_RSV > 0)).flatten(1)[:, :hidden]
 
 
 def _bytes(wire: WireFormat, rows_RD: Tensor, out: Tensor | None, used: int) -> Tensor:
@@ -153,34 +246,32 @@ def _bytes(wire: WireFormat, rows_RD: Tensor, out: Tensor | None, used: int) -> 
     return out
 
 
+def _tiles(rows_RD: Tensor, tile: int) -> Tensor:
+    """[R, S, V] in FP32, integers as they are; zeros fill the last tile."""
+    missing = -rows_RD.shape[1] % tile
+    padded = F.pad(rows_RD, (0, missing)) if missing else rows_RD
+    return (padded.float() if padded.is_floating_point() else padded).unflatten(1, (-1, tile))
+
+
+def _rounded_up(x: Tensor) -> Tensor:
+    """FP32 numbers, none negative, up to the next BF16."""
+    return (x.view(torch.int32) + 0xFFFF & ~0xFFFF).view(torch.float32)
+
+
 def _scaled(rows_RD: Tensor, tile: int, largest: float) -> tuple[Tensor, Tensor]:
     """The tiles over their scales, FP32 [R, S, V] (zeros fill the last one), and the scales as int32 E8M0 [R, S]."""
-    missing = -rows_RD.shape[1] % tile
-    tiles_RSV = (F.pad(rows_RD, (0, missing)) if missing else rows_RD).float().unflatten(1, (-1, tile))
+    tiles_RSV = _tiles(rows_RD, tile)
     largest_RS = torch.maximum(tiles_RSV.amax(2), tiles_RSV.amin(2).neg())
-    scale8_RS = _scale_exponents(largest_RS, largest)
+    scale8_RS = scale_exponents(largest_RS, largest)
     # 2^(127 - byte), put together from its bits.
     inverse_RS = (254 - scale8_RS << 23).view(torch.float32)
     out = None if tiles_RSV.data_ptr() == rows_RD.data_ptr() else tiles_RSV
     return torch.mul(tiles_RSV, inverse_RS[:, :, None], out=out), scale8_RS
 
 
-def _scale_exponents(largest_RS: Tensor, largest: float) -> Tensor:
-    """E8M0 (int32) of the smallest power of two s with magnitude <= largest * s.
-
-    Works on the bits of FP32: with largest = f * 2^e and 1 <= f < 2, the exponent of a magnitude is e too large, plus
-    one if its own fraction exceeds f: what is missing to f carries over into the exponent. 255, which infinity and NaN
-    have and the largest numbers reach, stays 255.
-    """
-    fraction, exponent = frexp(largest)  # fraction is f / 2, exponent e + 1
-    carry, shift = int((2 - 2 * fraction) * 2**23) - 1, exponent - 1
-    exponent_RS = (largest_RS.view(torch.int32) + carry) >> 23
-    return (exponent_RS - shift).clamp_(min=1).masked_fill_(exponent_RS == 255, 255)
-
-
-def _unscaled(values_RD: Tensor, scale8_RS: Tensor, tile: int) -> Tensor:
-    """FP32 values, in place, times their scales."""
-    scale_RS = scale8_RS.view(torch.float8_e8m0fnu).float()
+def _unscaled(values_RD: Tensor, scale_RS: Tensor, tile: int) -> Tensor:
+    """FP32 values, in place, times their scales (float8_e8m0fnu)."""
+    scale_RS = scale_RS.float()
     hidden = values_RD.shape[1]
     whole = hidden // tile
     values_RD[:, : whole * tile].unflatten(1, (whole, tile)).mul_(scale_RS[:, :whole, None])

@@ -92,7 +92,10 @@ def row_bytes(wire: str, hidden: int) -> int:
         "float32": 4 * hidden,
         "bfloat16": 2 * hidden,
         "fp8": hidden + -(-hidden // 128),
+        "mxfp8": hidden + -(-hidden // 32),
         "fp4": -(-hidden // 32) * 17,
+        "logfmt8": hidden + 4 * -(-hidden // 128),
+        "logfmt10": hidden + -(-hidden // 4) + 4 * -(-hidden // 128),
     }
     return -(-sizes[wire] // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
