@@ -13,8 +13,15 @@ class AllToAllDispatcher(Transport):
 
     row_per_pair = True
 
-    def __init__(self, num_experts: int, peers: Peers, wire: WireFormat | None = None, homebound: Peers | None = None):
+    def __init__(
+        self,
+        num_experts: int,
+        peers: Peers,
+        wire: WireFormat | None = None,
+        homebound: Peers | None = None,
+        keeps_quantised: bool = False,
+    ):
         experts = equal_share(num_experts, peers.size)
         boxes = connect(peers, homebound or peers, Pool())
         hop = Hop(*boxes, peers.size, experts, self.row_per_pair)
-        super().__init__(experts, wire, [hop], Lane(peers.trace))
+        super().__init__(experts, wire, [hop], Lane(peers.trace), keeps_quantised)

@@ -102,8 +102,7 @@ def choose(config: Config, groups: Groups) -> Choice:
 
     On the meta device, where nothing can be measured, bytes decide unless the hardware file says all speeds.
     """
-    kind, compute_dtype = config.dispatch.kind, config.precision.compute_dtype
-    wire = compute_dtype if config.dispatch.wire == "auto" else config.dispatch.wire
+    kind, wire = config.dispatch.kind, wire_of(config)
     if groups.ep is None:
         return Choice("local", wire, "local: all experts are on every rank")
     task = Task.of(config, groups, wire)
@@ -117,6 +116,14 @@ def choose(config: Config, groups: Groups) -> Choice:
     links = find_speeds(config.hardware, groups) if task.is_grid and _can_know(config.hardware, groups) else None
     kind, reason = decide(task, links)
     return Choice(kind, wire, reason, limit)
+
+
+def wire_of(config: Config) -> str:
+    """The wire format; auto is that of the products, so that nothing is quantised twice."""
+    precision, wire = config.precision, config.dispatch.wire
+    if wire != "auto":
+        return wire
+    return precision.compute_dtype if precision.products == "compute" else precision.products
 
 
 def _can_know(hardware: HardwareConfig, groups: Groups) -> bool:
@@ -176,16 +183,17 @@ def make_dispatcher(config: Config, groups: Groups) -> Dispatcher:
     choice = choose(config, groups)
     experts, ep = config.model.num_experts, groups.ep
     wire = wire_format(choice.wire, getattr(torch, config.precision.compute_dtype))
+    keeps = choice.wire == config.precision.products
     if ep is None or choice.kind == "local":
-        return LocalDispatcher(experts, wire)
+        return LocalDispatcher(experts, wire, keeps)
     if choice.kind == "rank":
-        return RankDispatcher(experts, ep, wire, groups.ep_home)
+        return RankDispatcher(experts, ep, wire, groups.ep_home, keeps)
     if choice.kind == "hierarchical" and groups.ep_nodes and groups.ep_node:
         home = groups.ep_nodes_home or groups.ep_nodes, groups.ep_node_home or groups.ep_node
-        return HierarchicalDispatcher(experts, groups.ep_nodes, groups.ep_node, wire, home)
+        return HierarchicalDispatcher(experts, groups.ep_nodes, groups.ep_node, wire, home, keeps)
     if choice.kind == "deepep":
         # Imported only when asked for.
         from dstrain.dispatch import deepep
 
         return deepep.connect(config, choice.wire, groups, ep)
-    return AllToAllDispatcher(experts, ep, wire, groups.ep_home)
+    return AllToAllDispatcher(experts, ep, wire, groups.ep_home, keeps)

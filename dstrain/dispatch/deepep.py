@@ -33,7 +33,7 @@ from dstrain.config.schema import Config
 from dstrain.dispatch.carrier import Carrier, Ticket
 from dstrain.dispatch.contract import Route
 from dstrain.dispatch.permute import Expansion, Pairs
-from dstrain.dispatch.transfer import Flying
+from dstrain.dispatch.transfer import Flying, as_quantised
 from dstrain.dispatch.wire import Fp8
 from dstrain.errors import ConfigError
 from dstrain.mesh.groups import Groups
@@ -171,7 +171,8 @@ def connect(config: Config, wire: str, groups: Groups, peers: Peers) -> "DeepEPD
         port = ElasticPort(library, peers, shape, config.mesh.timeout_s)
     else:
         port = LegacyPort(library, peers, shape)
-    return DeepEPDispatcher(shape.experts // peers.size, port, wire, Lane(peers.trace))
+    keeps = wire == config.precision.products
+    return DeepEPDispatcher(shape.experts // peers.size, port, wire, Lane(peers.trace), keeps)
 
 
 def check_config(config: Config, wire: str) -> None:
@@ -224,13 +225,17 @@ class _Ticket(Ticket):
 
 
 class DeepEPDispatcher(Carrier[_Ticket]):
-    """`experts` experts of this rank, behind a port; `wire` is bfloat16 or fp8."""
+    """`experts` experts of this rank, behind a port; `wire` is bfloat16 or fp8.
+
+    `keeps_quantised`: what arrives in fp8 is given on as QuantizedTensors.
+    """
 
     lane: Lane
 
-    def __init__(self, experts: int, port: Port, wire: str, lane: Lane):
+    def __init__(self, experts: int, port: Port, wire: str, lane: Lane, keeps_quantised: bool = False):
         super().__init__(lane)
         self.experts, self.port, self.wire = experts, port, wire
+        self.keeps_quantised = keeps_quantised and wire == Fp8.name
 
     def _ticket(self, x_TD: Tensor, route: Route, label: Label) -> _Ticket:
         return _Ticket(label=label)
@@ -242,9 +247,10 @@ class DeepEPDispatcher(Carrier[_Ticket]):
             slots_N, pairs = find_pairs(experts_RK, weights_RK, number)
             ticket.handle, ticket.slots_N, ticket.shape_RK = handle, slots_N, experts_RK.shape
             ticket.expansion = to = Expansion.of(pairs, self.experts)
-            return to.expand(self._decode(wired, x_TD.dtype)), to.by_expert(pairs.weight_N), to.counts_E
+            return *self._expanded(wired, to, x_TD.dtype), to.by_expert(pairs.weight_N), to.counts_E
 
-        return self._fly("dispatch", "forward", ticket, work, x_TD, experts_TK, weights_TK)
+        flight = self._fly("dispatch", "forward", ticket, work, x_TD, experts_TK, weights_TK)
+        return as_quantised(flight, x_TD.dtype) if self.keeps_quantised else flight
 
     def _dispatch_back(self, grad_ND: Tensor, weight_grad_N: Tensor, ticket: _Ticket) -> Flying:
         def work() -> tuple[Tensor, ...]:
@@ -263,9 +269,10 @@ class DeepEPDispatcher(Carrier[_Ticket]):
     def _combine_back(self, grad_TD: Tensor, ticket: _Ticket) -> Flying:
         def work() -> tuple[Tensor, ...]:
             wired = self.port.dispatch_again(self._encode(grad_TD), ticket.handle)
-            return (ticket.arrived.expand(self._decode(wired, grad_TD.dtype)),)
+            return self._expanded(wired, ticket.arrived, grad_TD.dtype)
 
-        return self._fly("combine", "backward", ticket, work, grad_TD)
+        flight = self._fly("combine", "backward", ticket, work, grad_TD)
+        return as_quantised(flight, grad_TD.dtype) if self.keeps_quantised else flight
 
     def _fly(
         self, kind: str, direction: str, ticket: _Ticket, work: Callable[[], tuple[Tensor, ...]], *reads: Tensor
@@ -276,17 +283,17 @@ class DeepEPDispatcher(Carrier[_Ticket]):
     def _encode(self, rows_TD: Tensor) -> Wired:
         return to_fp8(rows_TD) if self.wire == "fp8" else rows_TD.contiguous()
 
-    def _decode(self, wired: Wired, dtype: torch.dtype) -> Tensor:
-        return wired if isinstance(wired, Tensor) else from_fp8(*wired, dtype)
+    def _expanded(self, wired: Wired, to: Expansion, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Rows, each once for each of its experts; if they stay quantised, their values and their scales."""
+        if isinstance(wired, Tensor):
+            return (to.expand(wired),)
+        return tuple(map(to.expand, wired)) if self.keeps_quantised else (to.expand(from_fp8(*wired, dtype)),)
 
 
 def to_fp8(rows_TD: Tensor) -> tuple[Tensor, Tensor]:
     """E4M3 values [T, D] and FP32 scales [T, S], those of the fp8 wire format; D is a multiple of 128."""
-    hidden = rows_TD.shape[1]
-    bytes_TB = Fp8().encode(rows_TD)
-    values_TD = bytes_TB[:, :hidden].contiguous().view(torch.float8_e4m3fn)
-    scale_TS = bytes_TB[:, hidden : hidden + hidden // Fp8.tile].view(torch.float8_e8m0fnu).float()
-    return values_TD, scale_TS
+    values_TD, scale_TS = Fp8().unpack(Fp8().encode(rows_TD), rows_TD.shape[1])
+    return values_TD.contiguous(), scale_TS.float()
 
 
 def from_fp8(values_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype) -> Tensor:

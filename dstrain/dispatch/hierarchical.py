@@ -28,10 +28,11 @@ class HierarchicalDispatcher(Transport):
         node: Peers,
         wire: WireFormat | None = None,
         homebound: tuple[Peers, Peers] | None = None,
+        keeps_quantised: bool = False,
     ):
         nodes_home, node_home = homebound or (nodes, node)
         pool, experts = Pool(), equal_share(num_experts, nodes.size * node.size)
         per_node = experts * node.size
         across = Hop(*connect(nodes, nodes_home, pool), nodes.size, per_node)
         inside = Hop(*connect(node, node_home, pool), node.size, experts)
-        super().__init__(experts, wire, [across, inside], Lane(nodes.trace))
+        super().__init__(experts, wire, [across, inside], Lane(nodes.trace), keeps_quantised)

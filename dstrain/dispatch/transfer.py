@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dstrain.precision.formats import TILE
+from dstrain.precision.tensor import QuantizedTensor
+
 Result = TypeVar("Result", covariant=True)
 
 
@@ -32,6 +35,23 @@ class Landed:
 
     def wait(self) -> tuple[Tensor, ...]:
         return self.result
+
+
+@dataclass(frozen=True)
+class _Quantised:
+    flight: Flying
+    dtype: torch.dtype
+    tile: int
+
+    def wait(self) -> tuple[Tensor, ...]:
+        values, scale, *others = self.flight.wait()
+        return QuantizedTensor(values, scale, self.dtype, self.tile), *others
+
+
+def as_quantised(flight: Flying, dtype: torch.dtype, tile: int = TILE) -> Flying:
+    """The flight of values and their scales, which lands as one tensor; where it is waited for, since streams and
+    events know the tensors that the device sees."""
+    return _Quantised(flight, dtype, tile)
 
 
 @dataclass

@@ -7,7 +7,8 @@
 
 The weights go to the experts and are theirs to apply. Sums are FP32 inside a rank; between ranks rows travel home in
 the compute dtype. Out they travel in the wire format: quantised once, where they start, and forwarded as bytes. All of
-it happens in a lane, off the main thread.
+it happens in a lane, off the main thread. What arrives quantised stays so where the experts' products take it as it is
+(precision/tensor.py): it is expanded as values and scales, and never quantised again.
 
 Shapes: T tokens, K experts per token, D hidden, B bytes of a row, A arrived rows, R rows by expert, N pairs.
 """
@@ -25,8 +26,8 @@ from dstrain.dispatch.carrier import Carrier, Ticket
 from dstrain.dispatch.contract import Route
 from dstrain.dispatch.hop import Crossing, FirstOut, Home, Hop, Leg, Out, relay
 from dstrain.dispatch.permute import Expansion, Pairs
-from dstrain.dispatch.transfer import Flying, Landed
-from dstrain.dispatch.wire import Plain, WireFormat
+from dstrain.dispatch.transfer import Flying, Landed, as_quantised
+from dstrain.dispatch.wire import Fp8, Plain, WireFormat
 
 
 @dataclass(kw_only=True)
@@ -40,15 +41,24 @@ class HopTicket(Ticket):
 class Transport(Carrier[HopTicket]):
     """`experts` experts of this rank, behind `hops` and a lane; without hops, all of them, and no lane.
 
-    `wire` None: the dtype of the tokens.
+    `wire` None: the dtype of the tokens. `keeps_quantised`: with fp8 or mxfp8 on the wire, rows and the gradients of
+    what the experts made arrive as QuantizedTensors.
     """
 
     # For timelines.
     group = "ep"
 
-    def __init__(self, experts: int, wire: WireFormat | None, hops: Sequence[Hop] = (), lane: Lane | None = None):
+    def __init__(
+        self,
+        experts: int,
+        wire: WireFormat | None,
+        hops: Sequence[Hop] = (),
+        lane: Lane | None = None,
+        keeps_quantised: bool = False,
+    ):
         super().__init__(lane)
         self.experts, self.wire, self.hops = experts, wire, tuple(hops)
+        self.kept = wire if keeps_quantised and isinstance(wire, Fp8) else None
 
     def _ticket(self, x_TD: Tensor, route: Route, label: Label) -> HopTicket:
         return HopTicket(label=label, shape_TK=route.experts_TK.shape, hidden=x_TD.shape[1], dtype=x_TD.dtype)
@@ -57,9 +67,9 @@ class Transport(Carrier[HopTicket]):
         def unload(cargo: tuple[Tensor, Pairs]) -> tuple[Tensor, ...]:
             bytes_AB, pairs = cargo
             ticket.expansion = to = Expansion.of(pairs, self.experts)
-            return to.expand(self._decode(bytes_AB, ticket)), to.by_expert(pairs.weight_N), to.counts_E
+            return *self._expanded(bytes_AB, ticket), to.by_expert(pairs.weight_N), to.counts_E
 
-        return self._fly(
+        flight = self._fly(
             "dispatch",
             replace(ticket.label, direction="forward"),
             lambda transfer: [FirstOut(hop, transfer, ticket.legs) for hop in self.hops],
@@ -67,6 +77,7 @@ class Transport(Carrier[HopTicket]):
             unload,
             (x_TD, experts_TK, weights_TK),
         )
+        return as_quantised(flight, ticket.dtype, self.kept.tile) if self.kept else flight
 
     def _dispatch_back(self, grad_RD: Tensor, weight_grad_R: Tensor, ticket: HopTicket) -> Flying:
         def load() -> tuple[Tensor, Tensor]:
@@ -91,23 +102,21 @@ class Transport(Carrier[HopTicket]):
         )
 
     def _combine_back(self, grad_TD: Tensor, ticket: HopTicket) -> Flying:
-        def unload(bytes_AB: Tensor) -> tuple[Tensor, ...]:
-            return (ticket.arrived.expand(self._decode(bytes_AB, ticket)),)
-
         def outward(transfer: Transfer) -> list[Crossing]:
             return [
                 Out(hop, transfer, leg, self._row_bytes(ticket))
                 for hop, leg in zip(self.hops, ticket.legs, strict=True)
             ]
 
-        return self._fly(
+        flight = self._fly(
             "combine",
             replace(ticket.label, direction="backward"),
             outward,
             lambda: self._encode(grad_TD, ticket),
-            unload,
+            lambda bytes_AB: self._expanded(bytes_AB, ticket),
             (grad_TD,),
         )
+        return as_quantised(flight, ticket.dtype, self.kept.tile) if self.kept else flight
 
     def _homeward(self, transfer: Transfer, ticket: HopTicket, with_numbers: bool) -> list[Crossing]:
         legs = zip(reversed(self.hops), reversed(ticket.legs), strict=True)
@@ -143,5 +152,10 @@ class Transport(Carrier[HopTicket]):
     def _encode(self, rows_TD: Tensor, ticket: HopTicket) -> Tensor:
         return self._format(ticket).encode(rows_TD)
 
-    def _decode(self, bytes_AB: Tensor, ticket: HopTicket) -> Tensor:
-        return self._format(ticket).decode(bytes_AB, ticket.hidden, ticket.dtype)
+    def _expanded(self, bytes_AB: Tensor, ticket: HopTicket) -> tuple[Tensor, ...]:
+        """Arrived rows, each once for each of its experts; if they stay quantised, their values and their scales."""
+        to = ticket.arrived
+        if self.kept is None:
+            return (to.expand(self._format(ticket).decode(bytes_AB, ticket.hidden, ticket.dtype)),)
+        values_AD, scale_AS = self.kept.unpack(bytes_AB, ticket.hidden)
+        return to.expand(values_AD), to.expand(scale_AS).float()

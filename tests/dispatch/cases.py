@@ -86,19 +86,19 @@ def grid(nodes: int, ranks: int) -> tuple[Peers, Peers]:
     return mine("ep-nodes", columns), mine("ep-node", rows)
 
 
-def make(name: str, wire: WireFormat | None = None) -> Transport:
+def make(name: str, wire: WireFormat | None = None, keeps_quantised: bool = False) -> Transport:
     """A transport over all ranks of the default group; `hierarchical 2x2` names its grid."""
     if name == "alltoall":
-        return AllToAllDispatcher(EXPERTS, everyone(), wire)
+        return AllToAllDispatcher(EXPERTS, everyone(), wire, keeps_quantised=keeps_quantised)
     if name == "rank":
-        return RankDispatcher(EXPERTS, everyone(), wire)
+        return RankDispatcher(EXPERTS, everyone(), wire, keeps_quantised=keeps_quantised)
     if name == "rank, sized beforehand":
         # What carries rows on GPUs, here over gloo's all-to-all.
         ranks, box = everyone().size, NcclMailbox(everyone())
         hop = Hop(box, box, ranks, EXPERTS // ranks)
-        return Transport(hop.experts, wire, [hop], Lane(everyone().trace))
+        return Transport(hop.experts, wire, [hop], Lane(everyone().trace), keeps_quantised)
     nodes, ranks = map(int, name.removeprefix("hierarchical ").split("x"))
-    return HierarchicalDispatcher(EXPERTS, *grid(nodes, ranks), wire)
+    return HierarchicalDispatcher(EXPERTS, *grid(nodes, ranks), wire, keeps_quantised=keeps_quantised)
 
 
 TRANSPORTS = {

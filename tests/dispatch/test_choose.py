@@ -1,6 +1,7 @@
 """Which transport is taken, and why; the measurement on real processes."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from dstrain.config.schema import (
     PrecisionConfig,
     TrainConfig,
 )
-from dstrain.dispatch.choose import Links, Task, choose, decide, estimate, find_speeds, make_dispatcher
+from dstrain.dispatch.choose import Links, Task, choose, decide, estimate, find_speeds, make_dispatcher, wire_of
 from dstrain.errors import ConfigError
 from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import Groups, Place, connect, disconnect
@@ -85,13 +86,6 @@ def test_estimate_by_hand():
     assert estimate("hierarchical", task, links(1e3, 1e-9, 0.5)) == pytest.approx(sum(across) + 8 * 0.5, abs=1e-3)
 
 
-# -- Real processes ---------------------------------------------------------------------------------------------------
-
-
-def joined(rank: int, world: int, ep: int, ranks_per_node: int) -> Groups:
-    return connect(Mesh(1, world // ep, ep), Place(rank, world, CPU), 30, ranks_per_node)
-
-
 def config(kind: str = "auto", wire: str = "auto", ep: int = 4, hardware: HardwareConfig | None = None) -> Config:
     return Config(
         mesh=MeshConfig(ep=ep),
@@ -101,6 +95,33 @@ def config(kind: str = "auto", wire: str = "auto", ep: int = 4, hardware: Hardwa
         precision=PrecisionConfig(compute_dtype="float32"),
         hardware=hardware or HardwareConfig(),
     )
+
+
+def with_products(products: str, wire: str = "auto", dtype: str = "bfloat16", **more: Any) -> Config:
+    made = config(wire=wire, **more)
+    return replace(made, precision=PrecisionConfig(compute_dtype=dtype, products=products))
+
+
+@pytest.mark.parametrize(
+    ("case", "wire"),
+    [
+        (with_products("compute"), "bfloat16"),
+        (with_products("compute", dtype="float32"), "float32"),
+        (with_products("fp8", dtype="float32"), "fp8"),
+        (with_products("mxfp8"), "mxfp8"),
+        (with_products("fp8", "bfloat16"), "bfloat16"),
+        (with_products("compute", "logfmt10"), "logfmt10"),
+    ],
+)
+def test_auto_is_the_format_of_the_products(case: Config, wire: str):
+    assert wire_of(case) == wire
+
+
+# -- Real processes ---------------------------------------------------------------------------------------------------
+
+
+def joined(rank: int, world: int, ep: int, ranks_per_node: int) -> Groups:
+    return connect(Mesh(1, world // ep, ep), Place(rank, world, CPU), 30, ranks_per_node)
 
 
 def measured(rank: int, world: int) -> tuple[Speed | None, Speed | None, Speed | None]:
@@ -190,6 +211,24 @@ def test_where_nothing_can_be_measured_bytes_decide():
         disconnect()
 
 
+def kept(rank: int, world: int, *cases: Config) -> list[str]:
+    """The format in which what arrives stays, "" if it is decoded."""
+    groups, found = joined(rank, world, world, 2), []
+    for case in cases:
+        dispatcher = make_dispatcher(case, groups)
+        found.append(dispatcher.kept.name if dispatcher.kept else "")
+        dispatcher.close()
+    return found
+
+
+def test_what_products_take_as_it_arrives_stays_quantised():
+    kinds = ("alltoall", "rank", "hierarchical")
+    cases = [with_products("fp8", kind=kind) for kind in kinds]
+    cases += [with_products("mxfp8", kind="rank"), with_products("fp8", "mxfp8", kind="rank")]
+    cases += [with_products("compute", "fp8", kind="rank"), with_products("fp8", "bfloat16", kind="rank")]
+    assert spawn(kept, 4, *cases) == [["fp8"] * 3 + ["mxfp8", "", "", ""]] * 4
+
+
 def test_one_rank_has_all_experts():
     groups = connect(Mesh(), Place(0, 1, CPU))
     case = config("auto", "fp8", ep=1)
@@ -197,4 +236,6 @@ def test_one_rank_has_all_experts():
     dispatcher = make_dispatcher(case, groups)
     # Rounded as if they travelled: the same numbers at any number of ranks.
     assert dispatcher.wire.name == "fp8"
+    assert dispatcher.kept is None
     assert not dispatcher.hops
+    assert make_dispatcher(with_products("fp8", ep=1), groups).kept.name == "fp8"
