@@ -17,11 +17,12 @@ demo: .venv/.core ## Train a small model with 2 processes on Python's own source
 test: .venv/.dev ## Run all tests
 	$(BIN)/pytest
 
-check: .venv/.dev ## Lint, formatting, types, and the rules of the tree
+check: .venv/.dev ## Lint, formatting, types, the rules of the tree, and what kernels take of every GPU
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/rules
+	$(BIN)/python scripts/compile_kernels.py --check
 
 bench: .venv/.dev ## Run every benchmark
 	@for bench in scripts/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench || exit 1; done

@@ -24,8 +24,9 @@ BUILDS: tuple[Build, ...] = tuple(build for module in MODULES for build in modul
 
 # Bytes of shared memory that one block may use (CUDA C++ Programming Guide, technical specifications per capability).
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+RESERVED = 1 << 10
 
-# What the PTX of a kernel is searched for: the widest instructions of each kind.
+# What the PTX of a kernel is searched for: those that only some chips have.
 INSTRUCTIONS = {
     "wgmma e4m3": r"wgmma\.mma_async\S*\.e4m3",
     "wgmma bf16": r"wgmma\.mma_async\S*\.bf16",
@@ -33,10 +34,8 @@ INSTRUCTIONS = {
     "tcgen05 f16": r"tcgen05\.mma\S*kind::f16",
     "mma e4m3": r"mma\.sync\S*\.e4m3",
     "mma bf16": r"mma\.sync\S*\.bf16",
-    "mma f16": r"mma\.sync\S*\.f16\.f16\.f",
     "cp.async": r"cp\.async\.c[ag]",
     "TMA": r"cp\.async\.bulk\.tensor",
-    "cvt e4m3": r"cvt\S*\.e4m3x2\.f32",
 }
 
 
@@ -44,7 +43,8 @@ INSTRUCTIONS = {
 class Compiled:
     """What a kernel takes of one chip."""
 
-    build: Build
+    # Of its build.
+    name: str
     capability: int
     # Of a thread.
     registers: int
@@ -73,8 +73,11 @@ def compile_build(build: Build, capability: int) -> Compiled:
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
     compiled = triton.compile(_source(build), target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack, static = _resources(compiled.asm["cubin"])
+    if capability >= 90:
+        # Of what these chips keep for themselves, beside what a block may use.
+        static = max(0, static - RESERVED)
     instructions = tuple(name for name, pattern in INSTRUCTIONS.items() if re.search(pattern, compiled.asm["ptx"]))
-    return Compiled(build, capability, registers, stack, static + compiled.metadata.shared, instructions)
+    return Compiled(build.name, capability, registers, stack, static + compiled.metadata.shared, instructions)
 
 
 def _source(build: Build) -> ASTSource:
