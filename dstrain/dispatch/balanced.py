@@ -19,6 +19,7 @@ from dstrain.dispatch.transfer import Landed, Started
 from dstrain.dispatch.transfer import Way as BothWays
 from dstrain.mesh.topology import Link
 from dstrain.plan.traffic import Way, expected, link_bytes
+from dstrain.precision.tensor import QuantizedTensor
 
 # As timelines and metrics name them.
 KINDS = {
@@ -37,10 +38,10 @@ def sent_bytes(kind: str, task: Task) -> dict[tuple[Way, Link], int]:
 
 
 class BalancedDispatcher:
-    """For `held` experts of this rank."""
+    """For `held` experts of this rank. `tile`: values to a scale of what arrives and stays quantised; None: no such."""
 
-    def __init__(self, held: int, sends: Mapping[tuple[Way, Link], int], trace: Trace):
-        self.held, self.sends, self.trace = held, sends, trace
+    def __init__(self, held: int, sends: Mapping[tuple[Way, Link], int], trace: Trace, tile: int | None = None):
+        self.held, self.sends, self.trace, self.tile = held, sends, trace, tile
 
     def dispatch(self, x_TD: Tensor, route: Route) -> Started[Arrived]:
         tokens, experts_per_token = route.experts_TK.shape
@@ -49,7 +50,7 @@ class BalancedDispatcher:
         counts_E = torch.full((self.held,), rows // self.held, device=x_TD.device)
         way = BothWays(
             "dispatch",
-            lambda x, weights: self._fly(Way.DISPATCH, x.new_empty(rows, x.shape[1]), weights.new_empty(rows)),
+            lambda x, weights: self._fly(Way.DISPATCH, self._arriving(x, rows), weights.new_empty(rows)),
             lambda grad, _: self._fly(
                 Way.DISPATCH_GRADIENT, grad.new_empty(tokens, grad.shape[1]), torch.empty_like(route.weights_TK)
             ),
@@ -59,13 +60,22 @@ class BalancedDispatcher:
 
     def combine(self, rows_RD: Tensor, ticket: int) -> Started[Tensor]:
         """`ticket`: the number of tokens that are to come home."""
-        shape_RD = rows_RD.shape
+        rows = len(rows_RD)
         way = BothWays(
             "combine",
-            lambda rows: self._fly(Way.COMBINE, rows.new_empty(ticket, rows.shape[1])),
-            lambda grad: self._fly(Way.COMBINE_GRADIENT, grad.new_empty(shape_RD)),
+            lambda rows_RD: self._fly(Way.COMBINE, rows_RD.new_empty(ticket, rows_RD.shape[1])),
+            lambda grad_TD: self._fly(Way.COMBINE_GRADIENT, self._arriving(grad_TD, rows)),
         )
         return Started(way, lambda y_TD: y_TD, rows_RD)
+
+    def _arriving(self, x_TD: Tensor, rows: int) -> Tensor:
+        """What comes to the experts for such tokens, [rows, D]."""
+        hidden = x_TD.shape[1]
+        if self.tile is None:
+            return x_TD.new_empty(rows, hidden)
+        values = x_TD.new_empty(rows, hidden, dtype=torch.float8_e4m3fn)
+        scale = x_TD.new_empty(rows, -(-hidden // self.tile), dtype=torch.float32)
+        return QuantizedTensor(values, scale, x_TD.dtype, self.tile)
 
     def _fly(self, way: Way, *result: Tensor) -> Landed:
         transfer = self.trace.begin(KINDS[way], "ep")

@@ -19,7 +19,7 @@ from dstrain.dispatch.contract import Dispatcher
 from dstrain.dispatch.hierarchical import HierarchicalDispatcher
 from dstrain.dispatch.local import LocalDispatcher
 from dstrain.dispatch.rank import RankDispatcher
-from dstrain.dispatch.wire import wire_format
+from dstrain.dispatch.wire import Fp8, MxFp8, wire_format
 from dstrain.errors import ConfigError
 from dstrain.mesh.groups import Groups
 from dstrain.mesh.topology import Link
@@ -126,6 +126,11 @@ def wire_of(config: Config) -> str:
     return precision.compute_dtype if precision.products == "compute" else precision.products
 
 
+def kept_tile(config: Config, wire: str) -> int | None:
+    """Values to a scale of what the experts' products take as it arrives in format `wire`; None: it is decoded."""
+    return {Fp8.name: Fp8.tile, MxFp8.name: MxFp8.tile}[wire] if wire == config.precision.products else None
+
+
 def _can_know(hardware: HardwareConfig, groups: Groups) -> bool:
     """Whether the speeds of all links are given or can be measured."""
     given = hardware.intra_node_gbytes_per_s and hardware.inter_node_gbytes_per_s
@@ -183,7 +188,7 @@ def make_dispatcher(config: Config, groups: Groups) -> Dispatcher:
     choice = choose(config, groups)
     experts, ep = config.model.num_experts, groups.ep
     wire = wire_format(choice.wire, getattr(torch, config.precision.compute_dtype))
-    keeps = choice.wire == config.precision.products
+    keeps = kept_tile(config, choice.wire) is not None
     if ep is None or choice.kind == "local":
         return LocalDispatcher(experts, wire, keeps)
     if choice.kind == "rank":

@@ -11,6 +11,7 @@ from dstrain.dispatch.choose import Task
 from dstrain.dispatch.contract import Route
 from dstrain.mesh.topology import Link
 from dstrain.plan.traffic import Router, Rows, Way, exact, link_bytes
+from dstrain.precision.tensor import QuantizedTensor
 from tests.dispatch.cases import EXPERTS, TOKENS, WIDTH
 
 META = torch.device("meta")
@@ -28,20 +29,29 @@ def test_bytes_are_those_of_balanced_routes(kind: str):
     assert min(everyone.values()) > 0
 
 
-def passed(dtype: torch.dtype) -> dict[str, Any]:
+def passed(dtype: torch.dtype, tile: int | None = None) -> dict[str, Any]:
     """Dispatch and combine, there and back."""
-    trace = Trace(META)
+    trace, seen = Trace(META), []
     sends = {(way, link): 10 * place + (link is Link.NODE) for place, way in enumerate(Way) for link in Link}
-    dispatcher = BalancedDispatcher(2, sends, trace)
+    dispatcher = BalancedDispatcher(2, sends, trace, tile)
     x_TD = torch.empty(TOKENS, WIDTH, dtype=dtype, device=META, requires_grad=True)
     weights_TK = torch.empty(TOKENS, 4, device=META, requires_grad=True)
     route = Route(torch.empty(TOKENS, 4, dtype=torch.int64, device=META), weights_TK)
     with trace.at(direction="forward"):
         arrived = dispatcher.dispatch(x_TD, route).wait()
-        y_TD = dispatcher.combine(arrived.rows_RD * 2, arrived.ticket).wait()
+        made_RD = arrived.rows_RD * 2
+        made_RD.register_hook(lambda grad_RD: seen.append(grad_RD))
+        y_TD = dispatcher.combine(made_RD, arrived.ticket).wait()
     with trace.at(direction="backward"):
         y_TD.backward(torch.empty_like(y_TD))
-    return {"arrived": arrived, "y": y_TD, "x": x_TD, "weights": weights_TK, "sent": trace.take().transfers}
+    return {
+        "gradient": seen[0],
+        "arrived": arrived,
+        "y": y_TD,
+        "x": x_TD,
+        "weights": weights_TK,
+        "sent": trace.take().transfers,
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,6 +63,17 @@ def test_shapes_and_dtypes(dtype: torch.dtype):
     assert (found["y"].shape, found["y"].dtype) == ((TOKENS, WIDTH), dtype)
     assert (found["x"].grad.shape, found["x"].grad.dtype) == ((TOKENS, WIDTH), dtype)
     assert (found["weights"].grad.shape, found["weights"].grad.dtype) == ((TOKENS, 4), torch.float32)
+
+
+@pytest.mark.parametrize("tile", [32, 128])
+def test_what_stays_quantised(tile: int):
+    found = passed(torch.bfloat16, tile)
+    for seen in (found["arrived"].rows_RD, found["gradient"]):
+        assert isinstance(seen, QuantizedTensor)
+        assert (seen.shape, seen.dtype) == ((TOKENS * 4, WIDTH), torch.bfloat16)
+        assert (seen.held.values.dtype, seen.held.scale.dtype) == (torch.float8_e4m3fn, torch.float32)
+        assert seen.held.scale.shape == (TOKENS * 4, -(-WIDTH // tile))
+    assert (found["x"].grad.shape, found["x"].grad.dtype) == ((TOKENS, WIDTH), torch.bfloat16)
 
 
 def test_every_way_is_booked_once_in_its_direction():
