@@ -183,15 +183,16 @@ class Trainer:
         self._users = {x.name: self.model.users(x.name) for x in logical_parameters(self.model)}
         self.edges: Pipe | NoEdges = Pipe(self.groups) if self.groups.pp else NoEdges()
 
-    def accumulate(self) -> _Sums:
-        """Forward and backward over this rank's part of the next batch."""
+    def accumulate(self, read: list[Tensor] | None = None) -> _Sums:
+        """Forward and backward over this rank's part of the next batch; `read` gets the tokens of its micro-batches, or
+        has them."""
         sequences = batch_sequences(self.config.train, self.progress.tokens)
         weight = mtp_loss_weight(self.config, self.progress.tokens)
         todo = rank_share(self.config, self.groups, self.progress)
         program = self.orders.program(len(todo))
         # The data ranks are all ranks, and in their own group gradients are on the way at this time.
         sums = _Sums(program.courses, self.model, self.groups.world)
-        read: list[Tensor] = []
+        read = [] if read is None else read
 
         def tokens(number: int) -> Tensor:
             """Of a micro-batch; they are read in their order, and kept for the stages that are still to come."""
@@ -232,9 +233,9 @@ class Trainer:
         """One optimiser step. Raises SharedError when loss or gradient are not finite, before anything is updated."""
         began = time.perf_counter()
         self.groups.trace.label = Label(step=self.progress.step + 1)
-        looks = self._looks()
+        looks, read = self._looks(), list[Tensor]()
         with self.model.watch.counting() if looks else nullcontext():
-            sums = self.accumulate()
+            sums = self.accumulate(read)
         sums.wait()
         # On a GPU it ends with a synchronisation: from then on, the times of all waits are known.
         grad_norm = self.engine.reduce()
@@ -245,7 +246,7 @@ class Trainer:
         if not (isfinite(total) and isfinite(grad_norm)):
             raise SharedError(
                 f"step {self.progress.step + 1}: loss {total} and gradient norm {grad_norm} must be finite"
-                f"{self._culprit()}. Nothing was updated; go on from the last checkpoint with a lower optim.lr or a "
+                f"{self._culprit(read)}. Nothing was updated; go on from the last checkpoint with a lower optim.lr or a "
                 "longer optim.warmup_steps."
             )
         lr = learning_rate(self.config, self.progress.step, self.progress.tokens)
@@ -291,13 +292,13 @@ class Trainer:
         all_reduce_sum(counts_C5, world)[:, LARGEST] = largest_C
         return figures(counts_C5)
 
-    def _culprit(self) -> str:
+    def _culprit(self, read: list[Tensor]) -> str:
         """Where the step went wrong, if it was met on its way into a product in FP8: the step is run once more, and
         this time every tensor is looked at."""
         if self.config.precision.products == "compute":
             return ""
         with self.model.watch.naming() as broken:
-            self.accumulate().wait()
+            self.accumulate(read).wait()
         firsts = [names[0] for names in gathered(broken, self.groups.background) if names]
         # The backward pass meets first what the forward pass has left.
         firsts.sort(key=lambda name: name.startswith("gradient"))

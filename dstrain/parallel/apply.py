@@ -21,8 +21,7 @@ from dstrain.model.transformer import Transformer
 from dstrain.parallel.precision import apply_products
 from dstrain.parallel.recompute import apply_recompute
 from dstrain.plan.split import embeds_at_end, split, whole
-from dstrain.precision.backend import Scheme
-from dstrain.precision.reference import Reference
+from dstrain.precision.backends.choose import choose, make_backend
 from dstrain.precision.watch import Watch
 
 
@@ -43,6 +42,8 @@ class LogicalParameter:
     decays: bool
     # Kept in FP32 even where the others are cast to a narrower compute dtype.
     keeps_fp32: bool
+    # Its products are in FP8 (precision.products), so that ranks may hand it to one another in FP8.
+    in_fp8: bool
 
     @property
     def is_expert(self) -> bool:
@@ -87,8 +88,8 @@ def build_model(config: Config, groups: Groups, dispatcher: Dispatcher | None = 
             module.chunk_rows = chunk_rows(config)
     if config.precision.products != "compute" and groups.place.device.type != "meta":
         model.watch = Watch(groups.place.device)
-        backend = Reference(Scheme.of(config.precision), getattr(torch, config.precision.compute_dtype))
-        apply_products(model, config.precision, backend, model.watch)
+        name = choose(config, groups.place.device).backend
+        apply_products(model, config.precision, make_backend(name, config.precision), model.watch)
     apply_recompute(model, config.train.recompute)
     return model
 
@@ -118,6 +119,7 @@ def logical_parameters(model: Transformer) -> list[LogicalParameter]:
                     at_both_ends=prefix == "embed" and embeds_at_end(model.config),
                     decays=parameter.dim() > 1 and not isinstance(module, nn.Embedding),
                     keeps_fp32=isinstance(module, Router),
+                    in_fp8=name in (getattr(module, "products", None) or {}),
                 )
             )
     return found

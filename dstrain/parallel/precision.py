@@ -29,7 +29,7 @@ def apply_products(model: Transformer, precision: PrecisionConfig, backend: Back
     for pattern in precision.exclude:
         if not any(fnmatchcase(name, pattern) for name in able):
             some = ", ".join(list(able)[:3])
-            rule = f"no module that computes in {precision.products} has such a name; there are {some} ..."
+            rule = f"no module that computes in {precision.products} has such a name; there are {some} and others"
             raise ConfigError("precision.exclude", pattern, rule, "Name modules, with * for any part of a name.")
     outputs = {id(module.o) for module in model.modules() if isinstance(module, Attention)}
     for name, module in able.items():

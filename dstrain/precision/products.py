@@ -100,14 +100,20 @@ def _matrix(x: Tensor, tile: int) -> Tensor | Quantized:
     return x.reshape(-1, x.shape[-1])
 
 
+def _as_rows_of(x: Tensor, matrix: Tensor) -> Tensor:
+    """With the leading dimensions of `x`."""
+    return matrix.view(*x.shape[:-1], matrix.shape[-1])
+
+
 class _Quantized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, products: Products) -> Tensor:
         products.look("activation", x)
         matrix = x.detach().reshape(-1, x.shape[-1])
         kept = products.backend.keep(matrix, E4M3)
-        scale = kept.scale.view(*x.shape[:-1], -1)
-        return QuantizedTensor(kept.values.view(x.shape), scale, x.dtype, products.backend.scheme.tile)
+        return QuantizedTensor(
+            kept.values.view(x.shape), _as_rows_of(x, kept.scale), x.dtype, products.backend.scheme.tile
+        )
 
     @staticmethod
     @once_differentiable
@@ -143,7 +149,7 @@ class _Product(torch.autograd.Function):
         # As it is: recomputation would give back another tensor for a saved one.
         ctx.weight, ctx.products, ctx.gradients, ctx.shape = weight, products, gradients, x.shape
         ctx.kept = _Kept(ctx, kept, ends_E)
-        return backend.forward(operand, products.weight(weight), ends_E).view(*x.shape[:-1], -1)
+        return _as_rows_of(x, backend.forward(operand, products.weight(weight), ends_E))
 
     @staticmethod
     @once_differentiable
@@ -176,7 +182,7 @@ class _Gated(torch.autograd.Function):
         ctx.weight, ctx.products, ctx.gradients, ctx.shape = weight, products, gradients, gate_up.shape
         ctx.kept = _Kept(ctx, backend.keep(matrix, E4M3), weight_R, ends_E)
         operand = backend.gated(matrix, weight_R)
-        return backend.forward(operand, products.weight(weight), ends_E).view(*gate_up.shape[:-1], -1)
+        return _as_rows_of(gate_up, backend.forward(operand, products.weight(weight), ends_E))
 
     @staticmethod
     @once_differentiable

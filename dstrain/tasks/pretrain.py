@@ -39,6 +39,7 @@ from dstrain.metrics.sinks import JsonlSink, Sink
 from dstrain.metrics.wandb import WandbSink
 from dstrain.parallel.apply import build_model
 from dstrain.plan.count import parameters
+from dstrain.precision.backends.choose import choose as choose_backend
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
@@ -302,12 +303,14 @@ class StopRequest:
 
 
 def headline(config: Config, groups: Groups, trainer: Trainer, loader: Loader, choice: Choice) -> str:
-    """What is about to run, in two lines, and how tokens travel, if they do."""
+    """What is about to run, in two lines, how tokens travel, if they do, and who computes in FP8."""
     mesh, total = groups.mesh, parameters(config.model).total
     start = f"resuming after step {trainer.progress.step}" if trainer.progress.step else "starting"
     device = torch.cuda.get_device_name() if groups.place.device.type == "cuda" else "CPU"
     travel = f"\ndispatch {choice.reason}; rows out in {choice.wire}" if groups.ep else ""
     travel += f"\n{choice.limit}" if choice.limit else ""
+    if config.precision.products != "compute":
+        travel += f"\nproducts in {config.precision.products}, {choose_backend(config, groups.place.device).reason}"
     if mesh.pp > 1:
         layers = ", ".join(str(len(stage.layers)) for stage in trainer.model.stages)
         travel += f"\npipeline {config.schedule.pipeline}: stages of {layers} layers"
