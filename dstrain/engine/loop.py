@@ -246,8 +246,8 @@ class Trainer:
         if not (isfinite(total) and isfinite(grad_norm)):
             raise SharedError(
                 f"step {self.progress.step + 1}: loss {total} and gradient norm {grad_norm} must be finite"
-                f"{self._culprit(read)}. Nothing was updated; go on from the last checkpoint with a lower optim.lr or a "
-                "longer optim.warmup_steps."
+                f"{self._culprit(read)}. Nothing was updated; go on from the last checkpoint with a lower optim.lr or "
+                "a longer optim.warmup_steps."
             )
         lr = learning_rate(self.config, self.progress.step, self.progress.tokens)
         self.engine.step(lr)
