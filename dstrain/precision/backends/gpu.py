@@ -8,10 +8,11 @@ Shapes: R rows, K in, M out.
 import torch
 from torch import Tensor
 
-from dstrain.precision import e5m6, quantize
+from dstrain.precision import quantize
 from dstrain.precision.backend import Backend, Kept, Operand
 from dstrain.precision.e5m6 import Packed
 from dstrain.precision.formats import E5M6, TILE, Format, Scaling
+from dstrain.precision.kernels import e5m6
 from dstrain.precision.kernels.quantize import (
     dequantize_rows,
     quantize_both,

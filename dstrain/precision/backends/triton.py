@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dstrain.precision.backend import Operand
+from dstrain.precision.backend import Kept, Operand
 from dstrain.precision.backends.gpu import GpuBackend
 from dstrain.precision.kernels.gemm import multiply_rows
 from dstrain.precision.kernels.gemm_columns import multiply_columns
 from dstrain.precision.kernels.quantize import quantize_blocks
+from dstrain.precision.kernels.swiglu import swiglu_rows, swiglu_rows_back
 from dstrain.precision.quantize import Quantized
 
 
@@ -36,6 +37,16 @@ class TritonBackend(GpuBackend):
 
     def weight_gradient(self, grad: Operand, x: Operand, ends_E: Tensor | None) -> Tensor:
         return multiply_columns(grad, x, ends_E)
+
+    def gated(self, gate_up_R2F: Tensor, weight_R: Tensor | None) -> Quantized:
+        return swiglu_rows(gate_up_R2F.contiguous(), weight_R, self.scheme.activations)
+
+    def gated_back(
+        self, kept: Kept, weight_R: Tensor | None, grad_RF: Tensor, ends_E: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Quantized]:
+        if not isinstance(kept, Quantized):
+            return super().gated_back(kept, weight_R, grad_RF, ends_E)
+        return swiglu_rows_back(kept, weight_R, grad_RF, self.scheme.activations, ends_E)
 
     def _multiply(self, rows: Quantized, blocks: Quantized, ends_E: Tensor | None) -> Tensor:
         """Rows times the transpose of blocks: both kinds of product over channels."""

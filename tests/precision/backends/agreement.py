@@ -10,8 +10,14 @@ from dstrain.precision.formats import E4M3, E5M6
 from dstrain.precision.quantize import quantize_rows
 from dstrain.precision.reference import Reference
 
-# Products with a shared rounding of operands differ by that of their sums and results alone.
-SHARES = {torch.float32: 2e-5, torch.bfloat16: 2**-7}
+# Operands are rounded alike, so products differ by the rounding of their sums and results alone. The tensor cores of
+# Hopper cut sums off behind some 14 bits, and torch rounds MXFP8 weight gradients of experts to BF16.
+SHARES = {
+    ("cpu", torch.float32): 2e-5,
+    ("cpu", torch.bfloat16): 2**-7,
+    ("cuda", torch.float32): 2**-8,
+    ("cuda", torch.bfloat16): 2**-7,
+}
 
 
 @dataclass(frozen=True)
@@ -113,4 +119,4 @@ def _assert_all_near(found: list[Tensor], expected: list[Tensor]) -> None:
         assert ours.dtype == theirs.dtype
         # As a share of the row's size: single sums may cancel out.
         size = theirs.float().norm(dim=-1, keepdim=True)
-        assert ((ours - theirs).float().abs() <= SHARES[ours.dtype] * size).all()
+        assert ((ours - theirs).float().abs() <= SHARES[ours.device.type, ours.dtype] * size).all()
