@@ -2,8 +2,9 @@
 
     flight = flat.reduce_scatter(x, peers, wire, "grad")      flight.wait(): this rank's share of the sum
     flight = flat.all_gather(x, peers, "param")               flight.wait(): all shares are in x
+    flight = flat.all_gather_made(make, use, peers, "param", reads)       the same of what exists on the way only
 
-Both only start: conversion, exchange and sum run in a lane, one buffer after the other, and x must be left alone until
+They only start: conversion, exchange and sum run in a lane, one buffer after the other, and x must be left alone until
 the wait. Every message goes straight to its reader, in two hops:
 
     reduce-scatter   inside the node, rank i gets the shares of all ranks with index i; then the sums cross the network
@@ -20,7 +21,7 @@ n * L + l.
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,14 +54,25 @@ class FlatCollectives:
 
         `wait` gives this rank's share of the sum, a view of x, or raises PeerError; the rest of x is scratch.
         """
-        return self._start(_Reduce(self._mailbox(peers, 0), peers, x, wire, self.trace.begin(kind, peers.name)))
+        work = _Reduce(self._mailbox(peers, 0), peers, wire, self.trace.begin(kind, peers.name))
+        return self._start(work, lambda: x, _as_it_is, [x])
 
     def all_gather(self, x: Tensor, peers: Peers, kind: str) -> Flight:
         """Every rank's share of x, flat, its length a multiple of the group size: written into x of all ranks.
 
         `wait` raises PeerError.
         """
-        return self._start(_Gather(self._mailbox(peers, 1), peers, x, x.dtype, self.trace.begin(kind, peers.name)))
+        return self.all_gather_made(lambda: x, _as_it_is, peers, kind, [x])
+
+    def all_gather_made(
+        self, make: Callable[[], Tensor], use: Callable[[Tensor], Any], peers: Peers, kind: str, reads: Sequence[Tensor]
+    ) -> Flight:
+        """`all_gather` of what `make` gives when it is its turn; `wait` gives what `use` returns for all shares.
+
+        Both run in the lane. `reads`: tensors of the current stream that they use, to be left alone until the wait.
+        """
+        work = _Gather(self._mailbox(peers, 1), peers, None, self.trace.begin(kind, peers.name))
+        return self._start(work, make, use, reads)
 
     def _mailbox(self, peers: Peers, tag: int) -> Mailbox:
         """One for sums and one for gathering: a hop inside the node comes first in one and last in the other."""
@@ -68,20 +80,27 @@ class FlatCollectives:
             self._mailboxes[peers.name, tag] = make_mailbox(peers, tag, self._pool)
         return self._mailboxes[peers.name, tag]
 
-    def _start(self, work: "_Work") -> Flight:
+    def _start(
+        self, work: "_Work", make: Callable[[], Tensor], use: Callable[[Tensor], Any], reads: Sequence[Tensor]
+    ) -> Flight:
         def depart(_: Any) -> None:
             self._room.acquire()
+            work.hold(make())
             work.depart()
 
         def close(_: Any) -> None:
             work.close()
             self._room.release()
 
-        stages: list[Stage] = [depart, lambda _: work.relay(), lambda _: work.arrive()]
+        stages: list[Stage] = [depart, lambda _: work.relay(), lambda _: use(work.arrive())]
         if self.trace.device.type == "cuda":
             # Threads must not share a communicator: buckets go one after the other.
             stages = [_in_turn(stages)]
-        return self._lane.submit(stages, work.transfer, [work.x_NLS], close)
+        return self._lane.submit(stages, work.transfer, reads, close)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _in_turn(stages: Sequence[Stage]) -> Stage:
@@ -109,15 +128,22 @@ def sent_bytes(peers: Peers, num_bytes: int) -> dict[Link, int]:
 class _Work(ABC):
     """A collective under way, in three steps and two hops."""
 
-    def __init__(self, mailbox: Mailbox, peers: Peers, x: Tensor, wire: torch.dtype, transfer: Transfer):
+    x_NLS: Tensor
+    dtype: torch.dtype
+
+    def __init__(self, mailbox: Mailbox, peers: Peers, wire: torch.dtype | None, transfer: Transfer):
         self.mailbox, self.wire, self.transfer = mailbox, wire, transfer
         self.size, self.ranks = peers.size, peers.per_node
         self.node, self.local = divmod(peers.index, self.ranks)
-        self.x_NLS = x.view(self.size // self.ranks, self.ranks, -1)
         # Of this node, and of this index in every node.
         self.neighbours = [self.node * self.ranks + local for local in range(self.ranks)]
         self.counterparts = list(range(self.local, self.size, self.ranks))
         self.exchanges: list[Exchange] = []
+
+    def hold(self, x: Tensor) -> None:
+        """What is to be sent, in the wire dtype or as it is."""
+        self.x_NLS = x.view(self.size // self.ranks, self.ranks, -1)
+        self.dtype = self.wire or x.dtype
 
     @abstractmethod
     def depart(self) -> None:
@@ -139,18 +165,18 @@ class _Work(ABC):
         """Starts sending a part to each of the members, this rank among them, who send as much."""
         sizes = [0] * self.size
         for member, part in zip(members, parts, strict=True):
-            sizes[member] = part.numel() * self.wire.itemsize
+            sizes[member] = part.numel() * self.dtype.itemsize
         exchange = self.mailbox.open(self.transfer, sizes)
         buffers = exchange.outgoing(sizes)
         for member, part in zip(members, parts, strict=True):
-            buffers[member].view(self.wire).view(part.shape).copy_(part)
+            buffers[member].view(self.dtype).view(part.shape).copy_(part)
         exchange.send()
         self.exchanges.append(exchange)
 
     def arrived(self, members: list[int], like: Tensor) -> list[Tensor]:
         """What the members sent in the last swap."""
-        parts, num_bytes = self.exchanges[-1].wait(), like.numel() * self.wire.itemsize
-        return [parts[member][:num_bytes].view(self.wire).view(like.shape) for member in members]
+        parts, num_bytes = self.exchanges[-1].wait(), like.numel() * self.dtype.itemsize
+        return [parts[member][:num_bytes].view(self.dtype).view(like.shape) for member in members]
 
 
 class _Reduce(_Work):
@@ -194,7 +220,7 @@ class _Gather(_Work):
             parts = self.arrived(self.neighbours, self.x_NLS[:, self.local])
             for column_NS, part_NS in zip(self.x_NLS.unbind(1), parts, strict=True):
                 column_NS.copy_(part_NS)
-        return self.x_NLS
+        return self.x_NLS.view(-1)
 
 
 def _add(parts: Sequence[Tensor], out: Tensor) -> None:

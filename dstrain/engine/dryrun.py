@@ -213,8 +213,8 @@ def _others(model: Transformer, stage: int) -> tuple[str, ...]:
 
 def _optimizer_bytes(bucket: Bucket) -> int:
     adam = bucket.adam
-    # Under FP32 the master weights are a part of the compute parameters.
-    master_bytes = 0 if bucket.compute.dtype is torch.float32 else adam.master.nbytes
+    # Under FP32 the master weights are a part of the compute parameters, unless these are rounded.
+    master_bytes = 0 if bucket.compute.dtype is torch.float32 and bucket.fp8 is None else adam.master.nbytes
     return master_bytes + adam.exp_avg.nbytes + adam.exp_avg_sq.nbytes
 
 
@@ -250,7 +250,8 @@ def _of_buckets(config: Config, buckets: Sequence[Bucket]) -> Sent:
     wire = getattr(torch, config.precision.grad_wire_dtype)
     for bucket in buckets:
         if bucket.peers is not None:
-            for kind, num_bytes in (("grad", bucket.grad.numel() * wire.itemsize), ("param", bucket.compute.nbytes)):
+            gathered = (("param", num_bytes) for num_bytes in bucket.gathered_bytes)
+            for kind, num_bytes in (("grad", bucket.grad.numel() * wire.itemsize), *gathered):
                 for link, part in shared_bytes(bucket.peers, num_bytes).items():
                     sent[kind, link.value] += part
     return sent

@@ -12,10 +12,11 @@ experts, those of the first and the last stage for an embedding that both use.
                next bucket and the start of the next forward pass: a module waits for its own bucket only
 
 Per parameter and step a rank sends 4 bytes of gradient (2 with grad_wire_dtype=bfloat16) and the bytes of the compute
-dtype, times (n - 1) / n where the ranks share a node; over several nodes as comm/flat.py says.
+dtype, or one byte of a weight that is gathered in FP8 (fp8.py), times (n - 1) / n where the ranks share a node; over
+several nodes as comm/flat.py says.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
@@ -27,12 +28,15 @@ from torch import Tensor, nn
 from dstrain.comm.collectives import Peers, all_reduce_sum
 from dstrain.comm.flat import FlatCollectives
 from dstrain.comm.lane import Flight
+from dstrain.config.precision import gathers_fp8
 from dstrain.config.schema import Config
+from dstrain.engine.fp8 import Fp8Gather, stacks_of
 from dstrain.engine.optimizer import AdamShard, square_sum
 from dstrain.engine.state import FlatShard, Shards
 from dstrain.mesh.groups import Groups
 from dstrain.model.transformer import Transformer
 from dstrain.parallel.apply import LogicalParameter, holders, logical_parameters
+from dstrain.parallel.precision import modules_in_fp8
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,14 @@ class Slot:
         return self.start + self.logical.parameter.numel()
 
 
-def own_share(length: int, peers: Peers | None) -> slice:
-    """This rank's range of a flat tensor that the group divides equally."""
-    size, index = (peers.size, peers.index) if peers else (1, 0)
+def share_of(length: int, index: int, size: int) -> slice:
+    """The range of a flat tensor that rank `index` of a group of `size` ranks owns: equal ones."""
     return slice(index * length // size, (index + 1) * length // size)
+
+
+def own_share(length: int, peers: Peers | None) -> slice:
+    """This rank's range of a flat tensor that the group divides."""
+    return share_of(length, peers.index, peers.size) if peers else slice(0, length)
 
 
 @dataclass
@@ -64,6 +72,8 @@ class Bucket:
     # Flat gradient sum of this rank, FP32.
     grad: Tensor
     adam: AdamShard
+    # Parameters of FP8 products that travel in FP8; None: they travel as they are.
+    fp8: Fp8Gather | None = None
     # Gradients of this step that are yet to come.
     missing: int = 0
     reducing: Flight | None = None
@@ -100,11 +110,19 @@ class Bucket:
 
     def refresh(self, flat: FlatCollectives) -> None:
         """Master weights into the compute dtype, then to the other ranks; `ready` waits."""
+        if self.fp8 is not None:
+            self.gathering = self.fp8.start(flat, self.adam.master, self.compute)
+            return
         mine = self.compute[self.share]
         if mine.data_ptr() != self.adam.master.data_ptr():
             mine.copy_(self.adam.master)
         if self.peers is not None:
             self.gathering = flat.all_gather(self.compute, self.peers, "param")
+
+    @property
+    def gathered_bytes(self) -> tuple[int, ...]:
+        """Of the buffers that `refresh` gathers."""
+        return self.fp8.sent_sizes if self.fp8 is not None else (self.compute.nbytes,)
 
     def ready(self) -> None:
         """The parameters are those of the last update."""
@@ -115,7 +133,12 @@ class Bucket:
 
 @torch.no_grad()
 def make_bucket(
-    logicals: list[LogicalParameter], peers: Peers | None, compute_dtype: torch.dtype, moments_dtype: torch.dtype
+    logicals: list[LogicalParameter],
+    peers: Peers | None,
+    compute_dtype: torch.dtype,
+    moments_dtype: torch.dtype,
+    *,
+    in_fp8: bool = False,
 ) -> Bucket:
     """Moves the parameters into flat storage; `logicals` agree in everything but name and shape."""
     starts, total = [], 0
@@ -130,29 +153,36 @@ def make_bucket(
     for logical, start in zip(logicals, starts, strict=True):
         wide[start : start + logical.parameter.numel()] = logical.parameter.detach().flatten()
     compute = wide.to(compute_dtype)
+    fp8 = None
+    if in_fp8:
+        stacks = stacks_of(starts, [x.parameter.shape for x in logicals])
+        shares = [share_of(padded, rank, ranks) for rank in range(ranks)]
+        fp8 = Fp8Gather(stacks, shares, peers, device)
+        if not compute.is_meta:
+            fp8.round(wide, compute)
     share = own_share(padded, peers)
-    # In FP32 the master weights are this rank's share of the compute parameters themselves.
-    master = compute[share] if compute_dtype == torch.float32 else wide[share].clone()
+    # In FP32 the master weights are this rank's share of the compute parameters themselves, unless these are rounded.
+    master = compute[share] if compute_dtype == torch.float32 and fp8 is None else wide[share].clone()
     slots = [Slot(logical, start) for logical, start in zip(logicals, starts, strict=True)]
     for slot in slots:
         slot.logical.parameter.data = compute[slot.start : slot.end].view_as(slot.logical.parameter)
         # A function that adds up in FP32 may hand over its gradient as it is; autograd would round it.
         slot.logical.parameter.grad_dtype = torch.float32
-    return Bucket(
-        slots, peers, compute, torch.zeros_like(wide), AdamShard.of(master, moments_dtype, logicals[0].decays)
-    )
+    adam = AdamShard.of(master, moments_dtype, logicals[0].decays)
+    return Bucket(slots, peers, compute, torch.zeros_like(wide), adam, fp8)
 
 
-def _pack(logicals: list[LogicalParameter], limit_elements: int) -> list[list[LogicalParameter]]:
-    """What shares a bucket, in the order in which the backward pass completes the buckets.
+def _pack(logicals: list[LogicalParameter], limit_elements: int, in_fp8: Set[str]) -> list[list[LogicalParameter]]:
+    """What shares a bucket, in the order in which the backward pass completes the buckets; those of `in_fp8` share none
+    with others.
 
     Buckets leave in this order, so one that completes late must not stand before one that completes early. The backward
     pass finishes parameters in about the reverse of their order in the model.
     """
     finished = list(reversed(logicals))
-    kinds: dict[tuple[bool, bool, bool, bool], list[LogicalParameter]] = {}
+    kinds: dict[tuple[bool, ...], list[LogicalParameter]] = {}
     for x in finished:
-        kinds.setdefault((x.is_expert, x.at_both_ends, x.decays, x.keeps_fp32), []).append(x)
+        kinds.setdefault((x.is_expert, x.at_both_ends, x.decays, x.keeps_fp32, x.name in in_fp8), []).append(x)
     runs = [run for alike in kinds.values() for run in _runs(alike, limit_elements)]
     position = {logical.name: n for n, logical in enumerate(finished)}
     # What two stages share waits for the slower one, and nothing is to wait behind it.
@@ -175,10 +205,18 @@ def make_buckets(model: Transformer, config: Config, groups: Groups) -> list[Buc
     """All parameters of the model, in the order in which their buckets leave."""
     buckets, precision = [], config.precision
     moments_dtype = getattr(torch, precision.moments_dtype)
-    for run in _pack(logical_parameters(model), config.engine.bucket_mib * 2**20 // 4):
+    in_fp8 = _gathered_in_fp8(model, config)
+    for run in _pack(logical_parameters(model), config.engine.bucket_mib * 2**20 // 4, in_fp8):
         dtype = torch.float32 if run[0].keeps_fp32 else getattr(torch, precision.compute_dtype)
-        buckets.append(make_bucket(run, holders(run[0], groups), dtype, moments_dtype))
+        peers, in_blocks = holders(run[0], groups), run[0].name in in_fp8
+        buckets.append(make_bucket(run, peers, dtype, moments_dtype, in_fp8=in_blocks))
     return buckets
+
+
+def _gathered_in_fp8(model: Transformer, config: Config) -> set[str]:
+    """The names of the parameters that travel in FP8."""
+    modules = modules_in_fp8(model, config.precision) if gathers_fp8(config) else {}
+    return {f"{name}.{x}" for name, module in modules.items() for x, _ in module.named_parameters(recurse=False)}
 
 
 def _wait_for(buckets: list[Bucket], module: nn.Module, args: Any) -> None:

@@ -42,8 +42,6 @@ class LogicalParameter:
     decays: bool
     # Kept in FP32 even where the others are cast to a narrower compute dtype.
     keeps_fp32: bool
-    # Its products are in FP8 (precision.products), so that ranks may hand it to one another in FP8.
-    in_fp8: bool
 
     @property
     def is_expert(self) -> bool:
@@ -119,7 +117,6 @@ def logical_parameters(model: Transformer) -> list[LogicalParameter]:
                     at_both_ends=prefix == "embed" and embeds_at_end(model.config),
                     decays=parameter.dim() > 1 and not isinstance(module, nn.Embedding),
                     keeps_fp32=isinstance(module, Router),
-                    in_fp8=name in (getattr(module, "products", None) or {}),
                 )
             )
     return found

@@ -22,8 +22,8 @@ from dstrain.precision.watch import Watch
 NEVER = ("head",)
 
 
-def apply_products(model: Transformer, precision: PrecisionConfig, backend: Backend, watch: Watch) -> None:
-    """Gives the modules their products; ConfigError for a pattern of precision.exclude that names none of them."""
+def modules_in_fp8(model: Transformer, precision: PrecisionConfig) -> dict[str, Linear | Experts]:
+    """By name; ConfigError for a pattern of precision.exclude that names none of those that could be among them."""
     able = {name: module for name, module in model.named_modules() if isinstance(module, (Linear, Experts))}
     able = {name: module for name, module in able.items() if name not in NEVER}
     for pattern in precision.exclude:
@@ -31,14 +31,18 @@ def apply_products(model: Transformer, precision: PrecisionConfig, backend: Back
             some = ", ".join(list(able)[:3])
             rule = f"no module that computes in {precision.products} has such a name; there are {some} and others"
             raise ConfigError("precision.exclude", pattern, rule, "Name modules, with * for any part of a name.")
+    return {name: x for name, x in able.items() if not any(fnmatchcase(name, p) for p in precision.exclude)}
+
+
+def apply_products(model: Transformer, precision: PrecisionConfig, backend: Backend, watch: Watch) -> None:
+    """Gives these modules their products. Raises ConfigError as `modules_in_fp8` does."""
     outputs = {id(module.o) for module in model.modules() if isinstance(module, Attention)}
-    for name, module in able.items():
-        if not any(fnmatchcase(name, pattern) for pattern in precision.exclude):
-            module.products = {
-                # The backward pass of attention needs the input of its output projection as well (section 3.3.3).
-                parameter: Products(f"{name}.{parameter}", backend, watch, E5M6 if id(module) in outputs else E4M3)
-                for parameter, _ in module.named_parameters(recurse=False)
-            }
+    for name, module in modules_in_fp8(model, precision).items():
+        module.products = {
+            # The backward pass of attention needs the input of its output projection as well (section 3.3.3).
+            parameter: Products(f"{name}.{parameter}", backend, watch, E5M6 if id(module) in outputs else E4M3)
+            for parameter, _ in module.named_parameters(recurse=False)
+        }
 
 
 def computes_in_fp8(module: nn.Module) -> bool:

@@ -45,6 +45,7 @@ def run(rank: int, world: int, per_node: int) -> dict[str, Any]:
         "again": flat.reduce_scatter(noise(rank, SHARE * world), peers, full, "grad"),
         "narrow": flat.reduce_scatter(small, peers, half, "narrow"),
         "gathered in bf16": flat.all_gather(own(rank, world, half), peers, "half"),
+        "made": flat.all_gather_made(lambda: own(rank, world, half), lambda x: x.float() * 2, peers, "half", []),
     }
     found: dict[str, Any] = {name: flight.wait().flatten() for name, flight in flights.items()}
     transfers = peers.trace.take().transfers
@@ -87,6 +88,7 @@ def test_all_shares_are_gathered(found: tuple[int, list]):
         expected = torch.cat([noise(rank, SHARE) for rank in range(4)])
         assert torch.equal(results["gathered"], expected)
         assert torch.equal(results["gathered in bf16"], expected.bfloat16())
+        assert torch.equal(results["made"], expected.bfloat16().float() * 2)
 
 
 def test_shares_cross_the_network_once_per_node(found: tuple[int, list]):

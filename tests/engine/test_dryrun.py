@@ -40,6 +40,9 @@ CASES = {
     "a row for each pair": config_of(MeshConfig(1, 4, 1), "alltoall", wire="fp8"),
     "over nodes": config_of(MeshConfig(1, 4, 1), "hierarchical", compute_dtype="bfloat16"),
     "replicas": config_of(MeshConfig(1, 2, 2), "rank", moments_dtype="bfloat16", grad_wire_dtype="bfloat16"),
+    "in fp8": config_of(
+        MeshConfig(1, 2, 2), "rank", compute_dtype="bfloat16", moments_dtype="int8", products="fp8", gather="fp8"
+    ),
     "1f1b": config_of(MeshConfig(2, 2, 1), "rank"),
     "a V": config_of(MeshConfig(2, 2, 1), "rank", "dualpipev"),
     "mirrored": config_of(MeshConfig(2, 1, 2), "rank", "dualpipe"),
