@@ -6,7 +6,7 @@ from dstrain.errors import ConfigError
 from dstrain.schedule.pipelines.choose import NAMES
 
 KINDS = ("alltoall", "rank", "hierarchical")
-WIRES = ("bfloat16", "fp8", "fp4")
+WIRES = ("bfloat16", "fp8", "mxfp8", "fp4", "logfmt8", "logfmt10")
 PEERS = ("megatron", "torchtitan", "deepspeed", "deepspeed_drops")
 BLOCK, OVERLAP = "block", "overlap"
 DEFAULT_WIRE, DEFAULT_ORDER = "bfloat16", "2"

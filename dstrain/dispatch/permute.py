@@ -102,8 +102,13 @@ class Expansion:
         return Expansion(pairs.row_N[order_N], bags, count(pairs.expert_N, num_experts))
 
     def expand(self, rows_RD: Tensor) -> Tensor:
-        """Each row once for each of its experts, [N, D]."""
-        return rows_RD.index_select(0, self.row_N)
+        """Each row once for each of its experts, [N, D]. Numbers of one byte, of any dtype, go as bytes, eight at a time
+        where they lie so."""
+        if rows_RD.itemsize > 1:
+            return rows_RD.index_select(0, self.row_N)
+        places = rows_RD.shape[1], rows_RD.stride(0), rows_RD.storage_offset()
+        wide = rows_RD.view(torch.uint8 if any(place % 8 for place in places) else torch.int64)
+        return wide.index_select(0, self.row_N).view(rows_RD.dtype)
 
     def sum(self, rows_ND: Tensor) -> Tensor:
         """The sum over each row's experts, [R, D] in the dtype of `rows_ND`."""

@@ -11,6 +11,8 @@ from dstrain.errors import ConfigError
     [
         ("alltoall", Case("alltoall", "bfloat16", 2), "alltoall/bfloat16/2"),
         ("rank/fp8", Case("rank", "fp8", 2), "rank/fp8/2"),
+        ("rank/mxfp8", Case("rank", "mxfp8", 2), "rank/mxfp8/2"),
+        ("alltoall/logfmt10/block", Case("alltoall", "logfmt10", 0), "alltoall/logfmt10/block"),
         ("hierarchical/fp4/3", Case("hierarchical", "fp4", 3), "hierarchical/fp4/3"),
         ("alltoall/bfloat16/block", Case("alltoall", "bfloat16", 0), "alltoall/bfloat16/block"),
         ("rank/fp8/zb_v", Case("rank", "fp8", None, "zb_v"), "rank/fp8/zb_v"),

@@ -62,6 +62,18 @@ def test_expand_and_its_gradient():
     torch.testing.assert_close(expanded.sum(grad_RD), expected)
 
 
+@pytest.mark.parametrize(("first", "width"), [(0, 16), (8, 8), (0, 13), (3, 8), (16, 0)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn, torch.float8_e8m0fnu])
+def test_bytes_expand_as_any_row_does(dtype: torch.dtype, first: int, width: int):
+    """A part of wider rows, as values and scales are parts of messages."""
+    bytes_TB = torch.randint(256, (5, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    rows_RD, expanded = bytes_TB[:, first : first + width].view(dtype), expansion()
+    found_ND = expanded.expand(rows_RD)
+    assert found_ND.dtype == dtype
+    assert found_ND.is_contiguous()
+    assert torch.equal(found_ND.view(torch.uint8), rows_RD.view(torch.uint8)[expanded.row_N])
+
+
 def test_a_sum_and_its_gradient():
     rows_RD, grad_TD, expanded = wide(10, 3).detach().float().requires_grad_(), wide(5, 3).detach().float(), expansion()
     expected = rows_RD[expanded.bags.order_N].view(5, 2, 3).sum(1)

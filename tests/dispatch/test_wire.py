@@ -119,6 +119,15 @@ def test_what_is_no_number_poisons_its_tile(name, poison, dtype):
     assert torch.equal(arrived_RD, clean_RD.bfloat16())
 
 
+@pytest.mark.parametrize("name", [*TILES, "logfmt8", "logfmt10"])
+@pytest.mark.parametrize("hidden", [1, 31, 130, 133, 389])
+def test_a_row_is_its_tiles(name, hidden):
+    """A last tile that is not whole is as exact as if it were alone."""
+    rows_RD, tile = some_rows(4, hidden, torch.bfloat16), TILES.get(name, (128,))[0]
+    parts = [there_and_back(part, name) for part in rows_RD.split(tile, dim=1)]
+    assert torch.equal(there_and_back(rows_RD, name), torch.cat(parts, 1))
+
+
 @QUANTISED
 @DTYPES
 def test_quantising_again_changes_nothing(name, dtype):
