@@ -102,8 +102,8 @@ class Expansion:
         return Expansion(pairs.row_N[order_N], bags, count(pairs.expert_N, num_experts))
 
     def expand(self, rows_RD: Tensor) -> Tensor:
-        """Each row once for each of its experts, [N, D]. Numbers of one byte, of any dtype, go as bytes, eight at a time
-        where they lie so."""
+        """Each row once for each of its experts, [N, D]. Numbers of one byte, of any dtype, go as bytes, eight at a
+        time where they lie so."""
         if rows_RD.itemsize > 1:
             return rows_RD.index_select(0, self.row_N)
         places = rows_RD.shape[1], rows_RD.stride(0), rows_RD.storage_offset()
