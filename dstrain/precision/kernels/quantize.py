@@ -52,22 +52,18 @@ def quantize_both(
 
 
 def requantize_columns(rows: Quantized, scaling: Scaling, ends_E: Tensor | None = None) -> Quantized:
-    """`quantize_columns` of what rows quantised in tiles of 128 stand for, in FP32."""
-    return _columns(rows.values.view(torch.uint8), rows.scale, scaling, ends_E, TILE, with_rows=False)[0]
+    """`quantize_columns` of what quantised rows stand for, in FP32, in tiles as wide as theirs."""
+    return _columns(rows.values.view(torch.uint8), rows.scale, scaling, ends_E, rows.tile, with_rows=False)[0]
 
 
 def quantize_blocks(weight: Tensor, scaling: Scaling) -> Quantized:
     """BF16 or FP32 [M, K] or [E, M, K]: values of this shape, scale [..., ceil(M / 128), ceil(K / 128)]."""
-    weight_EMK = weight.contiguous().view(-1, *weight.shape[-2:])
-    experts, rows, columns = weight_EMK.shape
-    blocks = (*weight.shape[:-2], triton.cdiv(rows, TILE), triton.cdiv(columns, TILE))
-    values, scale = _empty(weight, weight.shape), _scales(weight, *blocks)
-    if weight.numel():
-        blocks_kernel[blocks[-2], blocks[-1], experts](
-            weight_EMK, values, scale, rows, columns, scaling.floor,
-            POWER_OF_TWO=scaling.power_of_two, **TILE_LAUNCH,
-        )  # fmt: skip
-    return _quantized(values, scale, TILE)
+    return _blocks(weight, scaling, turned=False)[0]
+
+
+def quantize_blocks_both(weight: Tensor, scaling: Scaling) -> tuple[Quantized, Quantized]:
+    """`quantize_blocks`, and its transpose in memory of its own: values [..., K, M]."""
+    return _blocks(weight, scaling, turned=True)
 
 
 def dequantize_rows(rows: Quantized, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -76,8 +72,8 @@ def dequantize_rows(rows: Quantized, dtype: torch.dtype = torch.bfloat16) -> Ten
     lines, columns = codes_RK.shape
     x = _empty(rows.values, rows.values.shape, dtype)
     if x.numel():
-        dequantize_kernel[triton.cdiv(lines, LINES), rows.scale.shape[-1]](
-            codes_RK, rows.scale, x, lines, columns, codes_RK.stride(0), **ROWS_LAUNCH
+        dequantize_kernel[triton.cdiv(lines, LINES), triton.cdiv(columns, TILE)](
+            codes_RK, rows.scale, x, lines, columns, codes_RK.stride(0), SCALES=TILE // rows.tile, **ROWS_LAUNCH
         )
     return x
 
@@ -103,6 +99,26 @@ def _columns(
             SCALES=TILE // tile, IS_QUANTIZED=scale_RS is not None, WITH_ROWS=with_rows, **TILE_LAUNCH,
         )  # fmt: skip
     return _quantized(*columns, tile), _quantized(*kept, tile)
+
+
+def _blocks(weight: Tensor, scaling: Scaling, *, turned: bool) -> tuple[Quantized, Quantized]:
+    """Blocks, and turned ones where they are asked for."""
+    weight_EMK = weight.contiguous().view(-1, *weight.shape[-2:])
+    experts, rows, columns = weight_EMK.shape
+    row_blocks, column_blocks = triton.cdiv(rows, TILE), triton.cdiv(columns, TILE)
+    lead = weight.shape[:-2]
+    blocks = _empty(weight, weight.shape), _scales(weight, *lead, row_blocks, column_blocks)
+    other = (
+        (_empty(weight, (*lead, columns, rows)), _scales(weight, *lead, column_blocks, row_blocks))
+        if turned
+        else blocks
+    )
+    if weight.numel():
+        blocks_kernel[row_blocks, column_blocks, experts](
+            weight_EMK, *blocks, *other, rows, columns, scaling.floor,
+            POWER_OF_TWO=scaling.power_of_two, WITH_TURNED=turned, **TILE_LAUNCH,
+        )  # fmt: skip
+    return _quantized(*blocks, TILE), _quantized(*other, TILE)
 
 
 def _quantized(codes: Tensor, scale: Tensor, tile: int) -> Quantized:
@@ -133,9 +149,9 @@ def rows_kernel(x, values, scale, rows, columns, x_r, floor, POWER_OF_TWO: tl.co
 
 
 @triton.jit
-def dequantize_kernel(values, scale, x, rows, columns, values_r, LINES: tl.constexpr):
+def dequantize_kernel(values, scale, x, rows, columns, values_r, SCALES: tl.constexpr, LINES: tl.constexpr):
     first, column = tl.program_id(0) * LINES, tl.program_id(1) * 128
-    x_LV = _load_quantized(values, scale, first, rows, column, columns, values_r, LINES)
+    x_LV = _load_quantized(values, scale, first, rows, column, columns, values_r, SCALES, LINES)
     store_tile(x, x_LV.to(x.dtype.element_ty), first, rows, column, columns, columns)
 
 
@@ -149,7 +165,7 @@ def columns_kernel(
     tile, column = tl.program_id(0), tl.program_id(1) * 128
     _, first, end = expert_of_tile(ends_E, tile, EXPERTS, LANES)
     if IS_QUANTIZED:
-        x_TV = _load_quantized(x, x_scale, first, end, column, columns, x_r, 128)
+        x_TV = _load_quantized(x, x_scale, first, end, column, columns, x_r, SCALES, 128)
     else:
         x_TV = load_tile(x, first, end, column, columns, x_r, 128, 128).to(tl.float32)
     if WITH_ROWS:
@@ -158,16 +174,21 @@ def columns_kernel(
 
 
 @triton.jit
-def blocks_kernel(weight, values, scale, rows, columns, floor, POWER_OF_TWO: tl.constexpr):
+def blocks_kernel(weight, values, scale, turned, turned_scale, rows, columns, floor, POWER_OF_TWO: tl.constexpr,
+                  WITH_TURNED: tl.constexpr):  # fmt: skip
     """A program has a block of 128 rows and columns of one expert."""
-    first, column, expert = tl.program_id(0) * 128, tl.program_id(1) * 128, tl.program_id(2).to(tl.int64)
-    weight += expert * rows * columns
-    x_TV = load_tile(weight, first, rows, column, columns, columns, 128, 128).to(tl.float32)
+    row_block, column_block, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first, column, before = row_block * 128, column_block * 128, expert * rows * columns
+    x_TV = load_tile(weight + before, first, rows, column, columns, columns, 128, 128).to(tl.float32)
     block = scale_of(tl.max(largest_bits(x_TV, 1), 0), floor, POWER_OF_TWO)
-    place = (expert * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(scale + place, block)
+    scale += expert * tl.num_programs(0) * tl.num_programs(1)
+    tl.store(scale + row_block * tl.num_programs(1) + column_block, block)
     codes_TV = e4m3_codes(x_TV, tl.broadcast_to(block, x_TV.shape), POWER_OF_TWO)
-    store_tile(values + expert * rows * columns, codes_TV, first, rows, column, columns, columns)
+    store_tile(values + before, codes_TV, first, rows, column, columns, columns)
+    if WITH_TURNED:
+        turned_scale += expert * tl.num_programs(0) * tl.num_programs(1)
+        tl.store(turned_scale + column_block * tl.num_programs(0) + row_block, block)
+        store_tile(turned + before, tl.trans(codes_TV), column, columns, first, rows, rows)
 
 
 @triton.jit
@@ -192,12 +213,13 @@ def store_tile(x, tile_LV, first, end, column, columns, x_r):
 
 
 @triton.jit
-def _load_quantized(x, scale, first, end, column, columns, x_r, LINES: tl.constexpr):
-    """`load_tile` of 128 columns that have one scale in each row, in FP32."""
-    row_L, scales = tl.arange(0, LINES), tl.cdiv(columns, 128)
-    scale += tl.cast(first, tl.int64) * scales + column // 128
-    scale_L = tl.load(scale + row_L * scales, mask=row_L < end - first, other=1.0)
-    return e4m3_numbers(load_tile(x, first, end, column, columns, x_r, LINES, 128)) * scale_L[:, None]
+def _load_quantized(x, scale, first, end, column, columns, x_r, SCALES: tl.constexpr, LINES: tl.constexpr):
+    """`load_tile` of 128 columns of quantised rows, which have SCALES scales each, in FP32."""
+    scales = tl.cdiv(columns, 128 // SCALES)
+    scale_LS = load_tile(scale, first, end, column // 128 * SCALES, scales, scales, LINES, SCALES)
+    codes_LV = load_tile(x, first, end, column, columns, x_r, LINES, 128)
+    numbers_LSV = tl.reshape(e4m3_numbers(codes_LV), (LINES, SCALES, 128 // SCALES))
+    return tl.reshape(numbers_LSV * scale_LS[:, :, None], codes_LV.shape)
 
 
 @triton.jit
@@ -230,7 +252,7 @@ _LINES = {
 }  # fmt: skip
 _BACK = {
     "values": "*u8", "scale": "*fp32", "x": "*bf16", "rows": "i32", "columns": "i32:16", "values_r": "i32:16",
-    "LINES": LINES,
+    "SCALES": 1, "LINES": LINES,
 }  # fmt: skip
 _COLUMNS = {
     "x": "*bf16", "x_scale": None, "ends_E": "*i32", "values": "*u8", "scale": "*fp32", "row_values": "*u8",
@@ -239,8 +261,8 @@ _COLUMNS = {
 }  # fmt: skip
 _QUANTIZED = {"x": "*u8", "x_scale": "*fp32", "IS_QUANTIZED": True}
 _BLOCKS = {
-    "weight": "*bf16", "values": "*u8", "scale": "*fp32", "rows": "i32:16", "columns": "i32:16", "floor": "fp32",
-    "POWER_OF_TWO": True,
+    "weight": "*bf16", "values": "*u8", "scale": "*fp32", "turned": "*u8", "turned_scale": "*fp32",
+    "rows": "i32:16", "columns": "i32:16", "floor": "fp32", "POWER_OF_TWO": True, "WITH_TURNED": False,
 }  # fmt: skip
 _PLAIN = {"POWER_OF_TWO": False}
 _LINES_WARPS, _TILE_WARPS = ROWS_LAUNCH["num_warps"], TILE_LAUNCH["num_warps"]
@@ -260,5 +282,5 @@ BUILDS = (
     ),
     Build("requantize rows as columns", columns_kernel, _COLUMNS | _QUANTIZED, _TILE_WARPS),
     Build("quantize blocks", blocks_kernel, _BLOCKS, _TILE_WARPS),
-    Build("quantize blocks, FP32", blocks_kernel, _BLOCKS | {"weight": "*fp32"}, _TILE_WARPS),
+    Build("quantize blocks, also turned", blocks_kernel, _BLOCKS | {"WITH_TURNED": True}, _TILE_WARPS),
 )

@@ -88,6 +88,10 @@ def test_narrow_tiles():
     assert_equal(rows, plain.quantize_rows(x, SCALINGS[1], 32))
     assert_equal(quantize.quantize_rows(x, SCALINGS[1], 32), rows)
     assert_equal(columns, plain.quantize_columns(x, SCALINGS[1], COUNTS, 32))
+    back = plain.dequantize_rows(rows)
+    assert torch.equal(quantize.dequantize_rows(rows, torch.float32).nan_to_num(7.0), back.nan_to_num(7.0))
+    ours = quantize.requantize_columns(rows, SCALINGS[1], ends(COUNTS))
+    assert_equal(ours, plain.quantize_columns(back, SCALINGS[1], COUNTS, 32))
 
 
 @pytest.mark.parametrize("scaling", SCALINGS[::3], ids=str)
@@ -101,7 +105,11 @@ def test_quantised_rows_as_columns(scaling: Scaling):
 @pytest.mark.parametrize("shape", [(200, 150), (3, 130, 7), (2, 128, 256)], ids=str)
 def test_blocks(shape: tuple[int, ...], scaling: Scaling):
     weight = matrix(prod(shape[:-1]), shape[-1]).view(shape)
-    assert_equal(quantize.quantize_blocks(weight, scaling), plain.quantize_blocks(weight, scaling))
+    expected = plain.quantize_blocks(weight, scaling)
+    assert_equal(quantize.quantize_blocks(weight, scaling), expected)
+    blocks, turned = quantize.quantize_blocks_both(weight, scaling)
+    assert_equal(blocks, expected)
+    assert_equal(turned, Quantized(expected.values.mT.contiguous(), expected.scale.mT))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
