@@ -25,6 +25,7 @@ INSTALL = {
     "deep_gemm": "Install DeepGEMM as github.com/deepseek-ai/DeepGEMM says",
 }
 NO_CAPABILITY = (0, 0)
+CPU = "a CPU"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Machine:
     def of(device: torch.device) -> "Machine":
         packages = frozenset(name for name in INSTALL if find_spec(name) is not None)
         if device.type != "cuda":
-            return Machine("a CPU" if device.type == "cpu" else device.type, packages=packages)
+            return Machine(CPU if device.type == "cpu" else device.type, packages=packages)
         name = torch.cuda.get_device_name(device)
         if torch.version.cuda is None:
             return Machine(name, packages=packages)
@@ -155,7 +156,7 @@ def _backend_class(name: str) -> type[Backend]:
 def _first_that_can(config: Config, machine: Machine) -> Choice:
     dtype = "FP32" if _is_wide(config.precision) else "BF16"
     slowly = f"products in {dtype} of dequantised operands"
-    if machine.name == "a CPU":
+    if machine.name == CPU:
         return Choice("reference", "reference: on a CPU")
     if machine.capability < BACKENDS["triton"].capabilities[0]:
         lack = "is no GPU by NVIDIA" if machine.capability == NO_CAPABILITY else "has no FP8 tensor cores"

@@ -8,7 +8,6 @@ Shapes: R rows, K in, M out.
 import torch
 from torch import Tensor
 
-from dstrain.precision import quantize
 from dstrain.precision.backend import Backend, Kept, Operand
 from dstrain.precision.e5m6 import Packed
 from dstrain.precision.formats import E5M6, TILE, Format, Scaling
@@ -61,5 +60,8 @@ class GpuBackend(Backend):
 
 
 def _dequantized(rows: Quantized, dtype: torch.dtype) -> Tensor:
-    """The kernel knows tiles of 128 only."""
-    return dequantize_rows(rows, dtype) if rows.tile == TILE else quantize.dequantize_rows(rows).to(dtype)
+    """The kernel knows tiles of 128, and narrower rows: as such go the tiles of 32, in which rows are whole."""
+    if rows.tile == TILE:
+        return dequantize_rows(rows, dtype)
+    tiles = Quantized(rows.values.reshape(-1, rows.tile), rows.scale.reshape(-1, 1))
+    return dequantize_rows(tiles, dtype).view(rows.values.shape)
