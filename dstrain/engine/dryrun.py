@@ -21,7 +21,7 @@ from dstrain.comm.flat import sent_bytes as shared_bytes
 from dstrain.comm.trace import STAGES, Transfer
 from dstrain.config.schema import Config
 from dstrain.dispatch.balanced import BalancedDispatcher, sent_bytes
-from dstrain.dispatch.choose import Task, choose
+from dstrain.dispatch.choose import Task, choose, kept_tile
 from dstrain.engine.loop import StartWalk
 from dstrain.engine.recipe import full_batch
 from dstrain.engine.sharding import Bucket, make_buckets
@@ -109,7 +109,8 @@ def _run(config: Config, groups: Groups) -> RankRun:
     choice = choose(config, groups)
     sends = sent_bytes(choice.kind, Task.of(config, groups, choice.wire))
     held = groups.mesh.local_experts(config.model.num_experts, groups.coordinate.ep)
-    model = build_model(config, groups, BalancedDispatcher(len(held), sends, groups.trace))
+    dispatcher = BalancedDispatcher(len(held), sends, groups.trace, kept_tile(config, choice.wire))
+    model = build_model(config, groups, dispatcher)
     buckets = make_buckets(model, config, groups)
     # As in training: where nothing travels, a stage is one stretch.
     blocks = model.blocks if groups.ep else (0,) * len(model.blocks)
