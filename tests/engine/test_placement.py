@@ -184,10 +184,14 @@ def test_the_busiest_rank_gets_rid_of_an_expert():
     assert unmoved[3] == unmoved[0]
 
 
-def resumed(rank: int, world: int, mesh: Mesh) -> tuple[bool, bool]:
+# Weights that travel in FP8, and moments in blocks that lie in two experts.
+NARROW = {"compute_dtype": "bfloat16", "moments_dtype": "int8", "products": "fp8", "gather": "fp8"}
+
+
+def resumed(rank: int, world: int, mesh: Mesh, precision: dict[str, str]) -> tuple[bool, bool]:
     """Whether a run of four steps ends with the same bits if it is saved and resumed after three, of which the second
     looked at the placement; whether it moved."""
-    config = tiny_config(dispatch={"placement": PlacementConfig(2, 0.0)})
+    config = tiny_config(dispatch={"placement": PlacementConfig(2, 0.0)}, precision=precision)
     groups = connect(mesh, Place(rank, world, CPU))
     straight = trainer_of(config, groups)
     for _ in range(3):
@@ -207,8 +211,9 @@ def resumed(rank: int, world: int, mesh: Mesh) -> tuple[bool, bool]:
     return same and again.placer.state() == straight.placer.state(), moved
 
 
-def test_a_resumed_run_finds_its_experts_where_they_were():
-    assert spawn(resumed, 4, Mesh(dp=2, ep=2)) == [(True, True)] * 4
+@pytest.mark.parametrize("precision", [{}, NARROW], ids=["fp32", "narrow"])
+def test_a_resumed_run_finds_its_experts_where_they_were(precision: dict[str, str]):
+    assert spawn(resumed, 4, Mesh(dp=2, ep=2), precision) == [(True, True)] * 4
 
 
 def elsewhere(rank: int, world: int) -> bool:
