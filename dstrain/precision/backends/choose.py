@@ -6,8 +6,8 @@
     mxfp8       10.x, CUDA 12.8                      precision.products=mxfp8 only
     reference   anything                             operands rounded as in FP8, multiplied in a wider dtype
 
-The first of them that can is taken: on GPUs of the first kinds, the published speeds are in this order. What is known
-about a machine is one value, so every GPU can be decided for without having it.
+The first of them that can is taken: libraries tuned for a chip come before our own kernels. What is known about a
+machine is one value, so every GPU can be decided for without having it.
 """
 
 from collections.abc import Iterator

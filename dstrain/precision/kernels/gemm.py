@@ -87,8 +87,10 @@ def rows_kernel(
         weight_VC = weight + step * 128 + column_C[None, :] * weight_m + lane[:, None]
         part_TV = tl.load(x_TV, mask=is_value_V[None, :], other=0.0)
         part_VC = tl.load(weight_VC, mask=is_value_V[:, None], other=0.0)
-        scale_T = tl.load(x_scale + step + row_T * x_scale_r) * tl.load(weight_scale + step)
-        sum_TC += tl.dot(part_TV, part_VC) * scale_T[:, None]
+        scale_T, scale = tl.load(x_scale + step + row_T * x_scale_r), tl.load(weight_scale + step)
+        part_TC = tl.dot(part_TV, part_VC)
+        # Not before: the tensor cores work while the scales are on their way.
+        sum_TC += part_TC * (scale_T * scale)[:, None]
     y += first * y_r + column_tile * 128
     is_there_TC = (row_T == lane)[:, None] & (column_C == lane)[None, :]
     tl.store(y + lane[:, None] * y_r + lane[None, :], sum_TC.to(y.dtype.element_ty), mask=is_there_TC)
