@@ -12,6 +12,9 @@ Gradients are compared before the first update because there both sides hold the
 A wire format that rounds can't be exact: single elements may be far off, and a token may even choose another expert.
 Then the error of a tensor is that of its norm, |layout - one process| / |one process|, the tolerance is what the format
 can do, and router biases, which move by the sign of the load, are left out.
+
+With precision.products=fp8 or mxfp8 the layout runs in that precision and is compared with one process in BF16 and with
+one in FP32 (verify_precision.py).
 """
 
 import multiprocessing
@@ -44,7 +47,9 @@ from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import Groups, Place, connect, disconnect, free_port, mesh_of
 from dstrain.model.layer import walk_whole
 from dstrain.parallel.apply import build_model
+from dstrain.precision.backends.choose import choose as choose_backend
 from dstrain.schedule.choose import Program
+from dstrain.tasks import verify_precision
 from dstrain.tasks.pretrain import open_loader, with_vocabulary
 
 # Vocabulary of the random tokens that stand in for text when none is given.
@@ -53,6 +58,7 @@ RANDOM_TOKENS = 256
 WORST = 8
 # Largest relative errors by wire format; those of formats that round are errors of the norm.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 0.02, "fp8": 0.15, "fp4": 0.5}
+FP32 = PrecisionConfig("float32", "float32", "float32")
 # Where the rank that fails first says why.
 PROBLEM = "problem.txt"
 
@@ -72,12 +78,36 @@ def run(config: VerifyRoot) -> None:
     mesh = mesh_of(config)
     with tempfile.TemporaryDirectory(prefix="dstrain-verify-") as folder:
         plain = replace(config, mesh=MeshConfig(pp=1, ep=1, dp=1), dispatch=DispatchConfig(), schedule=ScheduleConfig())
-        reference = run_processes(_reference, plain, Mesh(), Path(folder, "one"))
+        reference = run_processes(_reference, replace(plain, precision=FP32), Mesh(), Path(folder, "one"))
         layout = run_processes(_layout, config, mesh, Path(folder, "layout"))
-    differences = compare(reference, layout, by_norm=rounds(config))
-    failed = print_table(differences, config, mesh, layout["how"])
+        if config.precision.products != "compute":
+            bf16 = run_processes(_layout, replace(plain, precision=PrecisionConfig()), Mesh(), Path(folder, "bf16"))
+            failed = print_precision({"FP32": reference, "BF16": bf16, "asked": layout}, config, mesh)
+        else:
+            failed = print_table(compare(reference, layout, by_norm=rounds(config)), config, mesh, layout["how"])
     if failed:
         raise SystemExit(1)
+
+
+def print_precision(runs: Mapping[str, dict[str, Any]], config: VerifyRoot, mesh: Mesh) -> bool:
+    """How far what was asked for is from BF16 and FP32 in one process; whether that is too far."""
+    name, console = config.precision.products.upper(), Console(highlight=False)
+    from_bf16 = verify_precision.distance(runs["asked"], runs["BF16"])
+    distances = {
+        f"{name} from BF16": from_bf16,
+        f"{name} from FP32": verify_precision.distance(runs["asked"], runs["FP32"]),
+        "BF16 from FP32": verify_precision.distance(runs["BF16"], runs["FP32"]),
+    }
+    console.print(verify_precision.table(distances))
+    breaches = from_bf16.breaches(config.verify.tolerance)
+    console.print(f"{_layout_name(config, mesh)}, {runs['asked']['how']}:")
+    verdict = f"TOO FAR from BF16: {', '.join(breaches)}" if breaches else "agrees with BF16 as closely as it can"
+    console.print(f"{verdict} ({config.verify.steps} steps).")
+    return bool(breaches)
+
+
+def _layout_name(config: VerifyRoot, mesh: Mesh) -> str:
+    return f"pp={mesh.pp} ep={mesh.ep} dp={mesh.dp} ({mesh.world} processes), engine {config.engine.name}"
 
 
 def rounds(config: VerifyRoot) -> bool:
@@ -91,8 +121,10 @@ def tolerance(config: VerifyRoot) -> float:
 
 
 def prepare(config: VerifyRoot) -> VerifyRoot:
-    """FP32 throughout and a vocabulary, the tokenizer's or one for random tokens; the rest is as asked."""
-    config = replace(config, precision=PrecisionConfig("float32", "float32", "float32"))
+    """FP32 throughout, unless the products are to be checked, and a vocabulary, the tokenizer's or one for random
+    tokens; the rest is as asked."""
+    if config.precision.products == "compute":
+        config = replace(config, precision=FP32)
     if has_text(config):
         return with_vocabulary(config, open_loader(config))
     if config.model.vocab_size is None:
@@ -166,7 +198,10 @@ def _layout(rank: int, config: VerifyRoot, mesh: Mesh, port: int, folder: Path) 
     config = replace(config, dispatch=choice.settle(config).dispatch)
     model = build_model(config, groups)
     trainer = Trainer(config, groups, model, make_engine(model, config, groups), batches(config), Progress())
-    _steps(trainer, folder, f"dispatch {choice.kind}, wire {choice.wire}")
+    how = f"dispatch {choice.kind}, wire {choice.wire}"
+    if config.precision.products != "compute":
+        how += f", products {choose_backend(config, groups.place.device).reason}"
+    _steps(trainer, folder, how)
     disconnect()
 
 
@@ -295,7 +330,7 @@ def print_table(differences: list[Difference], config: VerifyRoot, mesh: Mesh, h
             table.add_row(what, f"<= {rows[WORST].error:.1e}", f"{len(rows) - WORST} others", end_section=True)
     failed = [row for row in differences if not row.error <= limit]
     console.print(table)
-    layout = f"pp={mesh.pp} ep={mesh.ep} dp={mesh.dp} ({mesh.world} processes), engine {config.engine.name}, {how}"
+    layout = f"{_layout_name(config, mesh)}, {how}"
     agrees = f"agrees, as closely as {config.dispatch.wire} can, with" if rounds(config) else "computes the same as"
     verdict = f"DIFFERS in {len(failed)} of {len(differences)} figures from" if failed else agrees
     console.print(f"{layout}:")
