@@ -78,23 +78,17 @@ def dequantize_rows(rows: Quantized, dtype: torch.dtype = torch.bfloat16) -> Ten
     return x
 
 
-def whole(x_RK: Tensor) -> Tensor:
-    """The ends of one expert who has all rows: int32 [1], made on the device."""
-    return torch.full((1,), len(x_RK), dtype=torch.int32, device=x_RK.device)
-
-
 def _columns(
     x_RK: Tensor, scale_RS: Tensor | None, scaling: Scaling, ends_E: Tensor | None, tile: int, *, with_rows: bool
 ) -> tuple[Quantized, Quantized]:
     """Columns, and rows where they are asked for."""
-    ends_E = whole(x_RK) if ends_E is None else ends_E
-    (rows, width), experts = x_RK.shape, len(ends_E)
+    (rows, width), experts = x_RK.shape, 1 if ends_E is None else len(ends_E)
     padded = padded_rows(rows, experts)
     columns = _empty(x_RK, (width, padded)), _scales(x_RK, width, padded // tile)
     kept = (_empty(x_RK, x_RK.shape), _scales(x_RK, rows, triton.cdiv(width, tile))) if with_rows else columns
     if padded and width:
         columns_kernel[padded // TILE, triton.cdiv(width, TILE)](
-            x_RK, scale_RS, ends_E, *columns, *kept, width, x_RK.stride(0), padded, scaling.floor,
+            x_RK, scale_RS, ends_E, *columns, *kept, rows, width, x_RK.stride(0), padded, scaling.floor,
             EXPERTS=experts, LANES=triton.next_power_of_2(experts), POWER_OF_TWO=scaling.power_of_two,
             SCALES=TILE // tile, IS_QUANTIZED=scale_RS is not None, WITH_ROWS=with_rows, **TILE_LAUNCH,
         )  # fmt: skip
@@ -157,13 +151,13 @@ def dequantize_kernel(values, scale, x, rows, columns, values_r, SCALES: tl.cons
 
 @triton.jit
 def columns_kernel(
-    x, x_scale, ends_E, values, scale, row_values, row_scale, columns, x_r, padded, floor,
+    x, x_scale, ends_E, values, scale, row_values, row_scale, rows, columns, x_r, padded, floor,
     EXPERTS: tl.constexpr, LANES: tl.constexpr, POWER_OF_TWO: tl.constexpr, SCALES: tl.constexpr,
     IS_QUANTIZED: tl.constexpr, WITH_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program has a tile of 128 rows of one expert, and 128 columns of it."""
+    """A program has a tile of 128 rows of one expert, and 128 columns of it. `ends_E` may be None."""
     tile, column = tl.program_id(0), tl.program_id(1) * 128
-    _, first, end = expert_of_tile(ends_E, tile, EXPERTS, LANES)
+    first, end = rows_of_tile(ends_E, tile, rows, EXPERTS, LANES)
     if IS_QUANTIZED:
         x_TV = _load_quantized(x, x_scale, first, end, column, columns, x_r, SCALES, 128)
     else:
@@ -189,6 +183,16 @@ def blocks_kernel(weight, values, scale, turned, turned_scale, rows, columns, fl
         turned_scale += expert * tl.num_programs(0) * tl.num_programs(1)
         tl.store(turned_scale + column_block * tl.num_programs(0) + row_block, block)
         store_tile(turned + before, tl.trans(codes_TV), column, columns, first, rows, rows)
+
+
+@triton.jit
+def rows_of_tile(ends_E, tile, rows, EXPERTS: tl.constexpr, LANES: tl.constexpr):
+    """The first row of a tile, and where its expert's rows end; `ends_E` is None where all rows are one expert's."""
+    if ends_E is None:
+        first, end = tile * 128, rows
+    else:
+        _, first, end = expert_of_tile(ends_E, tile, EXPERTS, LANES)
+    return first, end
 
 
 @triton.jit
@@ -256,10 +260,12 @@ _BACK = {
 }  # fmt: skip
 _COLUMNS = {
     "x": "*bf16", "x_scale": None, "ends_E": "*i32", "values": "*u8", "scale": "*fp32", "row_values": "*u8",
-    "row_scale": "*fp32", "columns": "i32:16", "x_r": "i32:16", "padded": "i32:16", "floor": "fp32",
+    "row_scale": "*fp32", "rows": "i32", "columns": "i32:16", "x_r": "i32:16", "padded": "i32:16", "floor": "fp32",
     "EXPERTS": 64, "LANES": 64, "POWER_OF_TWO": True, "SCALES": 1, "IS_QUANTIZED": False, "WITH_ROWS": False,
 }  # fmt: skip
 _QUANTIZED = {"x": "*u8", "x_scale": "*fp32", "IS_QUANTIZED": True}
+_BOTH = {"WITH_ROWS": True}
+_DENSE = {"ends_E": None, "EXPERTS": 1, "LANES": 1}
 _BLOCKS = {
     "weight": "*bf16", "values": "*u8", "scale": "*fp32", "turned": "*u8", "turned_scale": "*fp32",
     "rows": "i32:16", "columns": "i32:16", "floor": "fp32", "POWER_OF_TWO": True, "WITH_TURNED": False,
@@ -273,11 +279,12 @@ BUILDS = (
     Build("dequantize rows", dequantize_kernel, _BACK, _LINES_WARPS),
     Build("quantize columns", columns_kernel, _COLUMNS, _TILE_WARPS),
     Build("quantize columns, plain scales", columns_kernel, _COLUMNS | _PLAIN, _TILE_WARPS),
-    Build("quantize rows and columns", columns_kernel, _COLUMNS | {"WITH_ROWS": True}, _TILE_WARPS),
+    Build("quantize rows and columns", columns_kernel, _COLUMNS | _BOTH, _TILE_WARPS),
+    Build("quantize rows and columns, dense", columns_kernel, _COLUMNS | _BOTH | _DENSE, _TILE_WARPS),
     Build(
         "quantize rows and columns, tiles of 32",
         columns_kernel,
-        _COLUMNS | {"WITH_ROWS": True, "SCALES": 4},
+        _COLUMNS | _BOTH | {"SCALES": 4},
         _TILE_WARPS,
     ),
     Build("requantize rows as columns", columns_kernel, _COLUMNS | _QUANTIZED, _TILE_WARPS),

@@ -15,14 +15,13 @@ from triton import language as tl
 from dstrain.precision.formats import TILE, Scaling
 from dstrain.precision.kernels.build import Build
 from dstrain.precision.kernels.e4m3 import e4m3_numbers
-from dstrain.precision.kernels.groups import expert_of_tile
 from dstrain.precision.kernels.quantize import (
     ROWS_LAUNCH,
     load_tile,
+    rows_of_tile,
     store_columns,
     store_rows,
     store_tile,
-    whole,
 )
 from dstrain.precision.quantize import Quantized, padded_rows
 
@@ -52,8 +51,8 @@ def swiglu_rows_back(
 ) -> tuple[Tensor, Tensor | None, Quantized]:
     """Gradients of the input [R, 2F], in the dtype of `grad_RF`, and of the weights; and the output, computed again,
     in columns: values [F, P], scale [F, P / 128]. `gate_up`: the input as quantised rows."""
-    ends_E, grad_RF = whole(grad_RF) if ends_E is None else ends_E, grad_RF.contiguous()
-    (rows, inner), experts = grad_RF.shape, len(ends_E)
+    grad_RF = grad_RF.contiguous()
+    (rows, inner), experts = grad_RF.shape, 1 if ends_E is None else len(ends_E)
     padded, tiles = padded_rows(rows, experts), triton.cdiv(inner, BACK_LAUNCH["WIDTH"])
     grad_R2F = grad_RF.new_empty((rows, 2 * inner))
     # Summed over tiles in a fixed order, whoever is done first.
@@ -92,7 +91,7 @@ def swiglu_back_kernel(
 ):  # fmt: skip
     """A program has 128 rows of one expert, and WIDTH columns of the output."""
     tile, column = tl.program_id(0), tl.program_id(1) * WIDTH
-    _, first, end = expert_of_tile(ends_E, tile, EXPERTS, LANES)
+    first, end = rows_of_tile(ends_E, tile, rows, EXPERTS, LANES)
     dtype: tl.constexpr = grad.dtype.element_ty
     grad_TV = load_tile(grad, first, end, column, inner, inner, 128, WIDTH).to(tl.float32)
     gate_TV = _load_half(gate_up, gate_up_scale, first, end, column, inner, 0, WIDTH).to(dtype).to(tl.float32)
