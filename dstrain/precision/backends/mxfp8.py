@@ -62,7 +62,9 @@ class Mxfp8Backend(GpuBackend):
         left, right = columns_side(grad, ends_E), columns_side(x, ends_E)
         if ends_E is None:
             return _scaled_mm(left, right, torch.float32)
-        return _scaled_grouped_mm(left, right, padded_ends(ends_E)).float()
+        # Of an expert without rows torch promises nothing.
+        is_empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
+        return _scaled_grouped_mm(left, right, padded_ends(ends_E)).float().masked_fill_(is_empty_E[:, None, None], 0.0)
 
     def _multiply(self, rows: Quantized, weight: Side, ends_E: Tensor | None) -> Tensor:
         if not rows.values.numel():

@@ -27,6 +27,8 @@ def multiply_rows(x: Quantized, weight: Quantized, ends_E: Tensor | None, dtype:
     """x @ weight.T, [R, M] in BF16 or FP32, on a GPU of compute capability 8.9 or higher: x rows with values [R, K],
     weight blocks with values [M, K].
 
+    Where K is no multiple of 16, rows can't be copied 16 bytes at a time, and most of the speed is gone.
+
     With `ends_E`, int32 [E] on the device, the weight is [E, M, K], and expert e has the rows from ends_E[e - 1] to
     ends_E[e]; what is behind the last of them is left as it is in memory.
     """
