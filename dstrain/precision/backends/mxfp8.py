@@ -55,10 +55,8 @@ class Mxfp8Backend(GpuBackend):
 
     def weight_gradient(self, grad: Operand, x: Operand, ends_E: Tensor | None) -> Tensor:
         if not grad.values.numel():
-            shape = (
-                (len(grad.values), len(x.values)) if ends_E is None else (len(ends_E), len(grad.values), len(x.values))
-            )
-            return grad.values.new_zeros(shape, dtype=torch.float32)
+            experts = () if ends_E is None else (len(ends_E),)
+            return grad.values.new_zeros((*experts, len(grad.values), len(x.values)), dtype=torch.float32)
         left, right = columns_side(grad, ends_E), columns_side(x, ends_E)
         if ends_E is None:
             return _scaled_mm(left, right, torch.float32)
