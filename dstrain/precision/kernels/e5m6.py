@@ -1,7 +1,8 @@
-"""E5M6 on a GPU, bit by bit as dstrain/precision/e5m6.py packs it.
+"""E5M6 on a GPU, bit by bit as dstrain/precision/e5m6.py packs it; and turned into E4M3 for a product over rows,
+without a stop in memory.
 
-Shapes: R rows, K columns, W = 3 * ceil(K / 8) words, S = ceil(K / 128); L rows of a program, V its 128 columns, G = 16
-groups of them, N = 8 numbers of a group.
+Shapes: R rows, K columns, W = 3 * ceil(K / 8) words, S = ceil(K / 128), P rows filled up to a multiple of 128; L rows
+of a program, V its 128 columns, G = 16 groups of them, N = 8 numbers of a group.
 """
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 from triton import language as tl
 
 from dstrain.precision.e5m6 import GROUP, SCALING, WORDS, Packed
-from dstrain.precision.formats import E5M6, TILE
+from dstrain.precision.formats import E5M6, TILE, Scaling
 from dstrain.precision.kernels.build import Build
 from dstrain.precision.kernels.e4m3 import carry_and_shift, largest_bits, power_of_two_scale
-from dstrain.precision.kernels.quantize import ROWS_LAUNCH, load_tile, store_tile
+from dstrain.precision.kernels.quantize import ROWS_LAUNCH, TILE_LAUNCH, load_tile, store_columns, store_tile
+from dstrain.precision.quantize import Quantized, padded_rows
 
 _CARRY, _SHIFT = map(tl.constexpr, carry_and_shift(E5M6))
 
@@ -40,6 +42,19 @@ def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
             packed.values, packed.scale, x_RK, rows, packed.width, **ROWS_LAUNCH
         )
     return x_RK
+
+
+def requantize_columns(packed: Packed, scaling: Scaling, tile: int = TILE) -> Quantized:
+    """`quantize_columns` of the numbers, in FP32: E4M3 values [K, P], scale [K, P / tile]."""
+    (rows, tiles), width, padded = packed.scale.shape, packed.width, padded_rows(len(packed.scale))
+    values_KP = packed.scale.new_empty((width, padded), dtype=torch.float8_e4m3fn)
+    scale_KS = packed.scale.new_empty((width, padded // tile))
+    if values_KP.numel():
+        columns_kernel[padded // TILE, tiles](
+            packed.values, packed.scale, values_KP.view(torch.uint8), scale_KS, rows, width, padded, scaling.floor,
+            POWER_OF_TWO=scaling.power_of_two, SCALES=TILE // tile, **TILE_LAUNCH,
+        )  # fmt: skip
+    return Quantized(values_KP, scale_KS, tile)
 
 
 @triton.jit
@@ -73,6 +88,22 @@ def _store_words(words, words_LG, word, first, rows, width):
 @triton.jit
 def unpack_kernel(words, scale, x, rows, columns, LINES: tl.constexpr):
     first, column = tl.program_id(0) * LINES, tl.program_id(1) * 128
+    x_LV = _load_packed(words, scale, first, rows, column, columns, LINES)
+    store_tile(x, x_LV.to(x.dtype.element_ty), first, rows, column, columns, columns)
+
+
+@triton.jit
+def columns_kernel(words, scale, values, values_scale, rows, columns, padded, floor, POWER_OF_TWO: tl.constexpr,
+                   SCALES: tl.constexpr):  # fmt: skip
+    """A program has 128 rows and 128 columns."""
+    tile, column = tl.program_id(0), tl.program_id(1) * 128
+    x_TV = _load_packed(words, scale, tile * 128, rows, column, columns, 128)
+    store_columns(x_TV, values, values_scale, tile, padded, column, columns, floor, POWER_OF_TWO, SCALES)
+
+
+@triton.jit
+def _load_packed(words, scale, first, rows, column, columns, LINES: tl.constexpr):
+    """128 columns of LINES rows in FP32; zeros beyond the edges."""
     row_L, column_V, width = tl.arange(0, LINES), column + tl.arange(0, 128), tl.cdiv(columns, 8) * 3
     inside = (row_L[:, None] < rows - first) & (column_V[None, :] < columns)
     bit_V = column_V % 8 * 12
@@ -82,10 +113,9 @@ def unpack_kernel(words, scale, x, rows, columns, LINES: tl.constexpr):
     # The third and the sixth code go on in the next word.
     rest_LV = tl.load(word_LV + 1, mask=inside & (bit_V % 32 > 20)[None, :], other=0).to(tl.uint32, bitcast=True)
     code_LV = (low_LV | rest_LV << ((32 - bit_V % 32) & 31)[None, :]) & 0xFFF
-    scale_L = tl.load(scale + tl.cast(first, tl.int64) * tl.num_programs(1) + row_L * tl.num_programs(1)
-                      + tl.program_id(1), mask=row_L < rows - first, other=1.0)  # fmt: skip
-    x_LV = _numbers(code_LV.to(tl.int32)) * scale_L[:, None]
-    store_tile(x, x_LV.to(x.dtype.element_ty), first, rows, column, columns, columns)
+    tiles = tl.cdiv(columns, 128)
+    scale_LS = load_tile(scale, first, rows, column // 128, tiles, tiles, LINES, 1)
+    return _numbers(code_LV.to(tl.int32)) * scale_LS
 
 
 @triton.jit
@@ -112,7 +142,12 @@ _PACK = {
 _UNPACK = {
     "words": "*i32", "scale": "*fp32", "x": "*bf16", "rows": "i32", "columns": "i32:16", "LINES": ROWS_LAUNCH["LINES"]
 }  # fmt: skip
+_COLUMNS = {
+    "words": "*i32", "scale": "*fp32", "values": "*u8", "values_scale": "*fp32", "rows": "i32", "columns": "i32:16",
+    "padded": "i32:16", "floor": "fp32", "POWER_OF_TWO": True, "SCALES": 1,
+}  # fmt: skip
 BUILDS = (
     Build("pack E5M6", pack_kernel, _PACK, ROWS_LAUNCH["num_warps"]),
     Build("unpack E5M6", unpack_kernel, _UNPACK, ROWS_LAUNCH["num_warps"]),
+    Build("requantize E5M6 as columns", columns_kernel, _COLUMNS, TILE_LAUNCH["num_warps"]),
 )

@@ -10,6 +10,7 @@ import triton
 
 from dstrain.errors import UserError
 from dstrain.precision.kernels.ahead import BUILDS, compile_build
+from dstrain.precision.kernels.build import Build
 
 PROGRAM = """
 import json
@@ -41,6 +42,11 @@ def test_spills_and_too_much_shared_memory_are_found():
 
 def test_names_are_unique():
     assert len({build.name for build in BUILDS}) == len(BUILDS)
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.name)
+def test_arguments_are_those_of_the_kernel(build: Build):
+    assert list(build.arguments) == list(build.kernel.arg_names)
 
 
 @pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels are compiled in this process")

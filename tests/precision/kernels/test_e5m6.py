@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from dstrain.precision import e5m6 as plain
+from dstrain.precision.formats import FLOOR, Scaling
 from dstrain.precision.kernels import e5m6
-from tests.precision.kernels.test_quantize import DEVICE, matrix
+from dstrain.precision.quantize import quantize_columns
+from tests.precision.kernels.cases import DEVICE, assert_equal, matrix
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -15,6 +17,14 @@ def test_packed_and_unpacked(shape: tuple[int, int], dtype: torch.dtype):
     assert torch.equal(ours.scale.nan_to_num(-1), theirs.scale.nan_to_num(-1))
     back, expected = e5m6.unpack(theirs, dtype), plain.unpack(theirs, dtype)
     assert torch.equal(back.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("tile", [128, 32], ids=str)
+def test_turned_into_columns_of_e4m3(tile: int):
+    packed = plain.pack(matrix(140, 136))
+    numbers = plain.unpack(packed, torch.float32)
+    ours = e5m6.requantize_columns(packed, Scaling(floor=FLOOR), tile)
+    assert_equal(ours, quantize_columns(numbers, Scaling(floor=FLOOR), tile=tile))
 
 
 def test_every_number_is_rounded_as_fp16_first():

@@ -5,7 +5,7 @@ from dstrain.dispatch.permute import Bags
 from dstrain.precision.formats import Scaling
 from dstrain.precision.kernels.permute import gather_rows, sum_rows
 from dstrain.precision.quantize import quantize_rows
-from tests.precision.kernels.test_quantize import DEVICE, matrix
+from tests.precision.kernels.cases import DEVICE, matrix
 
 
 @pytest.mark.parametrize("tile", [128, 32], ids=str)

@@ -7,7 +7,7 @@ from dstrain.precision.formats import FLOOR, Scaling
 from dstrain.precision.kernels.swiglu import swiglu_rows, swiglu_rows_back
 from dstrain.precision.quantize import Quantized
 from dstrain.precision.swiglu import swiglu, swiglu_backward
-from tests.precision.kernels.test_quantize import COUNTS, DEVICE, ends
+from tests.precision.kernels.cases import COUNTS, DEVICE, ends
 
 SCALINGS = [Scaling(True, FLOOR), Scaling(False, FLOOR)]
 
