@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dstrain.precision.backend import Backend, Kept, Operand
 from dstrain.precision.e5m6 import Packed
-from dstrain.precision.formats import E5M6, TILE, Format, Scaling
+from dstrain.precision.formats import E5M6, Format, Scaling
 from dstrain.precision.kernels import e5m6
 from dstrain.precision.kernels.quantize import (
     dequantize_rows,
@@ -33,12 +33,15 @@ class GpuBackend(Backend):
         return e5m6.pack(x_RK) if number is E5M6 else self._rows(x_RK)
 
     def restore(self, kept: Kept) -> Tensor:
-        if isinstance(kept, Packed):
-            return e5m6.unpack(kept, self.dtype)
-        return _dequantized(kept, self.dtype)
+        return e5m6.unpack(kept, self.dtype) if isinstance(kept, Packed) else dequantize_rows(kept, self.dtype)
 
     def columns(self, x_RK: Tensor | Kept, ends_E: Tensor | None) -> Operand:
-        return self._columns(x_RK, self.scheme.activations, ends_E)
+        scaling = self.scheme.activations
+        if isinstance(x_RK, Packed):
+            if ends_E is None:
+                return e5m6.requantize_columns(x_RK, scaling, self.scheme.tile)
+            x_RK = e5m6.unpack(x_RK, torch.float32)
+        return self._columns(x_RK, scaling, ends_E)
 
     def gradient(self, grad_RM: Tensor | Quantized, ends_E: Tensor | None) -> tuple[Operand, Operand]:
         scaling = self.scheme.gradients
@@ -49,19 +52,7 @@ class GpuBackend(Backend):
     def _rows(self, x_RK: Tensor) -> Quantized:
         return quantize_rows(x_RK, self.scheme.activations, self.scheme.tile)
 
-    def _columns(self, x_RK: Tensor | Kept, scaling: Scaling, ends_E: Tensor | None) -> Quantized:
-        if isinstance(x_RK, Quantized) and self.scheme.tile == TILE:
+    def _columns(self, x_RK: Tensor | Quantized, scaling: Scaling, ends_E: Tensor | None) -> Quantized:
+        if isinstance(x_RK, Quantized):
             return requantize_columns(x_RK, scaling, ends_E)
-        if isinstance(x_RK, Packed):
-            x_RK = e5m6.unpack(x_RK, torch.float32)
-        elif isinstance(x_RK, Quantized):
-            x_RK = _dequantized(x_RK, torch.float32)
         return quantize_columns(x_RK, scaling, ends_E, self.scheme.tile)
-
-
-def _dequantized(rows: Quantized, dtype: torch.dtype) -> Tensor:
-    """The kernel knows tiles of 128, and narrower rows: as such go the tiles of 32, in which rows are whole."""
-    if rows.tile == TILE:
-        return dequantize_rows(rows, dtype)
-    tiles = Quantized(rows.values.reshape(-1, rows.tile), rows.scale.reshape(-1, 1))
-    return dequantize_rows(tiles, dtype).view(rows.values.shape)

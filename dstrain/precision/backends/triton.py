@@ -8,7 +8,7 @@ from dstrain.precision.backend import Kept, Operand
 from dstrain.precision.backends.gpu import GpuBackend
 from dstrain.precision.kernels.gemm import multiply_rows
 from dstrain.precision.kernels.gemm_columns import multiply_columns
-from dstrain.precision.kernels.quantize import quantize_blocks
+from dstrain.precision.kernels.quantize import quantize_blocks_both
 from dstrain.precision.kernels.swiglu import swiglu_rows, swiglu_rows_back
 from dstrain.precision.quantize import Quantized
 
@@ -25,9 +25,7 @@ class TritonBackend(GpuBackend):
     name = "triton"
 
     def weight(self, weight: Tensor) -> Weight:
-        blocks = quantize_blocks(weight, self.scheme.activations)
-        turned = Quantized(blocks.values.mT.contiguous(), blocks.scale.mT.contiguous())
-        return Weight(blocks, turned)
+        return Weight(*quantize_blocks_both(weight, self.scheme.activations))
 
     def forward(self, x: Quantized, weight: Weight, ends_E: Tensor | None) -> Tensor:
         return self._multiply(x, weight.over_in, ends_E)
