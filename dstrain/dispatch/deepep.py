@@ -182,7 +182,7 @@ def check_config(config: Config, wire: str) -> None:
         raise ConfigError("precision.compute_dtype", dtype, "dispatch.kind=deepep sums in bfloat16", "Set bfloat16.")
     if wire not in ("bfloat16", "fp8"):
         rule = "dispatch.kind=deepep carries bfloat16 and fp8"
-        raise ConfigError("dispatch.wire", wire, rule, "Set dispatch.wire=bfloat16, fp8 or auto.")
+        raise ConfigError("dispatch.wire", wire, rule, "Set dispatch.wire=bfloat16 or fp8.")
     if wire == "fp8" and model.hidden_size % Fp8.tile:
         rule = f"dispatch.kind=deepep with dispatch.wire=fp8 needs a multiple of {Fp8.tile}"
         raise ConfigError("model.hidden_size", model.hidden_size, rule, "Set dispatch.wire=bfloat16.")

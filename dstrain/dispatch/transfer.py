@@ -49,8 +49,8 @@ class _Quantised:
 
 
 def as_quantised(flight: Flying, dtype: torch.dtype, tile: int = TILE) -> Flying:
-    """The flight of values and their scales, which lands as one tensor; where it is waited for, since streams and
-    events know the tensors that the device sees."""
+    """The flight of values and their scales, landing as one tensor. It is made by whoever waits: what a lane hands over
+    are tensors that a device's streams know."""
     return _Quantised(flight, dtype, tile)
 
 

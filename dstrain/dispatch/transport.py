@@ -8,7 +8,7 @@
 The weights go to the experts and are theirs to apply. Sums are FP32 inside a rank; between ranks rows travel home in
 the compute dtype. Out they travel in the wire format: quantised once, where they start, and forwarded as bytes. All of
 it happens in a lane, off the main thread. What arrives quantised stays so where the experts' products take it as it is
-(precision/tensor.py): it is expanded as values and scales, and never quantised again.
+(precision/tensor.py): values and scales are expanded, and no other copy is made.
 
 Shapes: T tokens, K experts per token, D hidden, B bytes of a row, A arrived rows, R rows by expert, N pairs.
 """

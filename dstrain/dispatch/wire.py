@@ -186,7 +186,7 @@ class LogFmt(_Quantised):
         parts = [(code_RD & 255).byte()]
         if self.bits > 8:
             high_RQ4 = F.pad(code_RD >> 8, (0, -hidden % 4)).unflatten(1, (-1, 4))
-            parts.append((high_RQ4 << high_RQ4.new_tensor([0, 2, 4, 6])).sum(2).byte())
+            parts.append((high_RQ4 << _quarters(high_RQ4)).sum(2).byte())
         parts.append(scale_RS2.flatten(1).bfloat16().view(torch.uint8))
         used = sum(part.shape[1] for part in parts)
         out = _bytes(self, rows_RD, out, used)
@@ -227,7 +227,7 @@ class LogFmt(_Quantised):
         if self.bits > 8:
             at += -(-hidden // 4)
             high_RQ1 = bytes_RB[:, hidden:at].int().unsqueeze(2)
-            code_RD |= (high_RQ1 >> high_RQ1.new_tensor([0, 2, 4, 6]) & 3).flatten(1)[:, :hidden] << 8
+            code_RD |= (high_RQ1 >> _quarters(high_RQ1) & 3).flatten(1)[:, :hidden] << 8
         scale_RS2 = bytes_RB[:, at : at + 4 * tiles].contiguous().view(torch.bfloat16).float().view(-1, tiles, 2)
         code_RSV = _tiles(code_RD, self.tile)
         number_RSV = code_RSV & self.last
@@ -251,6 +251,11 @@ def _tiles(rows_RD: Tensor, tile: int) -> Tensor:
     missing = -rows_RD.shape[1] % tile
     padded = F.pad(rows_RD, (0, missing)) if missing else rows_RD
     return (padded.float() if padded.is_floating_point() else padded).unflatten(1, (-1, tile))
+
+
+def _quarters(like: Tensor) -> Tensor:
+    """Where the four pairs of bits of a byte begin."""
+    return torch.arange(0, 8, 2, dtype=like.dtype, device=like.device)
 
 
 def _rounded_up(x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ FORMATS = {
     "float32, fp8 on the wire": (torch.float32, "fp8"),
     "bfloat16, fp8 on the wire": (torch.bfloat16, "fp8"),
     "float32, fp4 on the wire": (torch.float32, "fp4"),
+    "float32, logfmt10 on the wire": (torch.float32, "logfmt10"),
 }
 
 

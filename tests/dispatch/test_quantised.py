@@ -15,9 +15,13 @@ from dstrain.dispatch.contract import Dispatcher
 from dstrain.dispatch.deepep import DeepEPDispatcher
 from dstrain.dispatch.local import LocalDispatcher
 from dstrain.dispatch.wire import wire_format
-from dstrain.precision.formats import Scaling
-from dstrain.precision.quantize import quantize_rows
+from dstrain.precision.backend import Scheme
+from dstrain.precision.formats import FLOOR, Scaling
+from dstrain.precision.products import Products, product
+from dstrain.precision.quantize import dequantize_blocks, quantize_blocks, quantize_rows
+from dstrain.precision.reference import Reference
 from dstrain.precision.tensor import QuantizedTensor
+from dstrain.precision.watch import Watch
 from tests.dispatch.cases import EXPERTS, ROUTES, TRANSPORTS, everyone, make, route_of
 from tests.dispatch.test_deepep import StandIn
 from tests.gloo.spawn import spawn
@@ -157,3 +161,31 @@ def test_an_operation_that_knows_nothing_sees_numbers():
     expected_TD = wire.decode(wire.encode(x_TD.detach()), WIDTH, torch.float32)
     torch.testing.assert_close(y_TD.detach(), expected_TD, rtol=1e-6, atol=0)
     torch.testing.assert_close(x_TD.grad, torch.ones_like(x_TD))
+
+
+def through_product(keeps: bool, x_TD: Tensor, grad_TD: Tensor, weight_EDD: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the tokens' products with their experts' weights, and the gradient of the tokens."""
+    # Scales as V3 published them: quantised with these, what came with powers of two is rounded again.
+    backend = Reference(Scheme(power_of_two=False), torch.float32)
+    products, x_TD = Products("experts", backend, Watch(x_TD.device)), x_TD.clone().requires_grad_()
+    dispatcher = LocalDispatcher(EXPERTS, wire_format("fp8", torch.float32), keeps)
+    arrived = dispatcher.dispatch(x_TD, route_of(ROUTES["random"](0), 0)).wait()
+    ends_E = arrived.counts_E.cumsum(0, dtype=torch.int32)
+    made_RD = product(arrived.rows_RD, weight_EDD, ends_E, products, None)
+    y_TD = dispatcher.combine(made_RD, arrived.ticket).wait()
+    y_TD.backward(grad_TD)
+    return y_TD.detach(), x_TD.grad
+
+
+def test_products_take_what_arrives_as_it_is():
+    experts_TK, wire = ROUTES["random"](0), wire_format("fp8", torch.float32)
+    generator = torch.Generator().manual_seed(4)
+    x_TD, grad_TD = (torch.randn(len(experts_TK), WIDTH, generator=generator) for _ in range(2))
+    weight_EDD = torch.randn(EXPERTS, WIDTH, WIDTH, generator=generator)
+    sent_TD, grad_sent_TD = (wire.decode(wire.encode(rows), WIDTH, torch.float32) for rows in (x_TD, grad_TD))
+    sum_TDD = dequantize_blocks(quantize_blocks(weight_EDD, Scaling(False, FLOOR)))[experts_TK].sum(1)
+    expected = torch.einsum("td,tfd->tf", sent_TD, sum_TDD), torch.einsum("tf,tfd->td", grad_sent_TD, sum_TDD)
+    kept, decoded = (through_product(keeps, x_TD, grad_TD, weight_EDD) for keeps in (True, False))
+    for exact, once, twice in zip(expected, kept, decoded, strict=True):
+        assert (once - exact).norm() <= 1e-5 * exact.norm()
+        assert (twice - exact).norm() >= 5e-3 * exact.norm()
