@@ -53,7 +53,7 @@ class Attention(nn.Module):
 
     def query_latent(self, x_BTD: Tensor) -> Tensor:
         """What the query heads are made from: the compressed, normalised query, or x itself at full rank."""
-        return self.q_a_norm(self.q_a(x_BTD)) if hasattr(self, "q_a") else x_BTD
+        return self.q_b.prepared(self.q_a_norm(self.q_a(x_BTD))) if hasattr(self, "q_a") else x_BTD
 
     def query_heads(self, latent_BTQ: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
         """Queries without position [B, T, H, N] and rotary queries [B, T, H, R]."""
@@ -87,4 +87,5 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
         x_BTD = self.kv_a.prepared(x_BTD)
         latent, k_rope = self.compress(x_BTD, cos_TR, sin_TR)
-        return self.o(self.attend(self.query_latent(x_BTD), latent, k_rope, cos_TR, sin_TR))
+        latents = self.query_latent(x_BTD), self.kv_b.prepared(latent)
+        return self.o(self.attend(*latents, k_rope, cos_TR, sin_TR))

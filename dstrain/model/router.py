@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dstrain.config.schema import ModelConfig, RouterConfig
 from dstrain.dispatch.contract import Route
+from dstrain.precision.linear import wide_linear
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(model.num_experts, dtype=torch.float32))
 
     def forward(self, x_BTD: Tensor) -> tuple[Route, RouterReport]:
-        logits_BTE = F.linear(x_BTD.float(), self.weight.float())
+        logits_BTE = wide_linear(x_BTD, self.weight)
         scores_BTE = logits_BTE.sigmoid() if self.config.score == "sigmoid" else logits_BTE.softmax(-1)
         with torch.no_grad():
             choice_NE = (scores_BTE + self.bias).flatten(0, 1)

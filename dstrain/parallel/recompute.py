@@ -20,7 +20,8 @@ from dstrain.model.transformer import Transformer
 
 # Name in train.recompute -> the methods that are wrapped.
 METHODS: dict[str, list[tuple[type[nn.Module], str]]] = {
-    "norm": [(nn.RMSNorm, "forward")],
+    # With the router, which reads what a norm returns in BF16 even where all others take it in FP8.
+    "norm": [(nn.RMSNorm, "forward"), (MoELayer, "route")],
     "mla_up": [(Attention, "attend")],
     "swiglu": [(FeedForward, "lower"), (Experts, "lower")],
     "attend": [(MoELayer, "attend"), (DenseLayer, "attention")],
@@ -29,11 +30,16 @@ METHODS: dict[str, list[tuple[type[nn.Module], str]]] = {
 }
 
 
+def _forgets_swiglu(module: nn.Module) -> bool:
+    """In FP8 SwiGLU is computed again as it is, from an input kept in FP8; wrapped, it would be kept in BF16."""
+    return getattr(module.down if isinstance(module, FeedForward) else module, "products", None) is not None
+
+
 def apply_recompute(model: Transformer, names: tuple[str, ...]) -> None:
     """Wraps the named methods of every module of `model`; the model draws no random numbers, so none are replayed."""
     for name in names:
         for kind, method in METHODS[name]:
             for module in model.modules():
-                if isinstance(module, kind):
+                if isinstance(module, kind) and not (name == "swiglu" and _forgets_swiglu(module)):
                     again = partial(checkpoint, getattr(module, method), use_reentrant=False, preserve_rng_state=False)
                     setattr(module, method, again)

@@ -42,6 +42,26 @@ class _Linear(torch.autograd.Function):
         return grad_x, ctx.gradients.take(weight_MK, lambda: grad_NM.t() @ x_NK), None
 
 
+def wide_linear(x: Tensor, weight_MK: Tensor) -> Tensor:
+    """x @ weight.T in FP32, [..., K] -> [..., M], as of x.float(); what is kept is x as it is."""
+    return _WideLinear.apply(x, weight_MK)
+
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_MK: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_MK)
+        return F.linear(x.float(), weight_MK.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight_MK = ctx.saved_tensors
+        grad_NM, x_NK = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        grad_x = (grad_NM @ weight_MK.float()).to(x.dtype).view(x.shape)
+        return grad_x, (grad_NM.t() @ x_NK.float()).to(weight_MK.dtype)
+
+
 class _Use(torch.autograd.Function):
     """A weight as it is, whose gradient goes where `gradients` wants it."""
 
