@@ -1,6 +1,7 @@
 """Quantising on a GPU, bit by bit as in dstrain/precision/quantize.py, in one pass over memory.
 
-A gradient is needed as rows and as columns: `quantize_both` reads it once for both. What is cached or arrives as
+A gradient is needed as rows and as columns: `quantize_both` reads it once for both. So is a weight, in blocks for the
+product over its columns and turned for that over its rows: `quantize_blocks_both`. What is cached or arrives as
 quantised rows becomes columns by `requantize_columns`: dequantised, turned and quantised anew without a stop in memory.
 
 Shapes: R rows, K columns, M rows of a weight, E experts, P rows of all experts, each filled up to a multiple of 128;
@@ -56,14 +57,19 @@ def requantize_columns(rows: Quantized, scaling: Scaling, ends_E: Tensor | None 
     return _columns(rows.values.view(torch.uint8), rows.scale, scaling, ends_E, rows.tile, with_rows=False)[0]
 
 
-def quantize_blocks(weight: Tensor, scaling: Scaling) -> Quantized:
-    """BF16 or FP32 [M, K] or [E, M, K]: values of this shape, scale [..., ceil(M / 128), ceil(K / 128)]."""
-    return _blocks(weight, scaling, turned=False)[0]
-
-
 def quantize_blocks_both(weight: Tensor, scaling: Scaling) -> tuple[Quantized, Quantized]:
-    """`quantize_blocks`, and its transpose in memory of its own: values [..., K, M]."""
-    return _blocks(weight, scaling, turned=True)
+    """BF16 or FP32 [M, K] or [E, M, K]: values of this shape, scale [..., ceil(M / 128), ceil(K / 128)]; and their
+    transposes, for the product over M, in memory of their own."""
+    weight_EMK = weight.contiguous().view(-1, *weight.shape[-2:])
+    experts, rows, columns = weight_EMK.shape
+    row_blocks, column_blocks, lead = triton.cdiv(rows, TILE), triton.cdiv(columns, TILE), weight.shape[:-2]
+    blocks = _empty(weight, weight.shape), _scales(weight, *lead, row_blocks, column_blocks)
+    turned = _empty(weight, (*lead, columns, rows)), _scales(weight, *lead, column_blocks, row_blocks)
+    if weight.numel():
+        blocks_kernel[row_blocks, column_blocks, experts](
+            weight_EMK, *blocks, *turned, rows, columns, scaling.floor, POWER_OF_TWO=scaling.power_of_two, **TILE_LAUNCH
+        )
+    return _quantized(*blocks, TILE), _quantized(*turned, TILE)
 
 
 def dequantize_rows(rows: Quantized, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -93,26 +99,6 @@ def _columns(
             SCALES=TILE // tile, IS_QUANTIZED=scale_RS is not None, WITH_ROWS=with_rows, **TILE_LAUNCH,
         )  # fmt: skip
     return _quantized(*columns, tile), _quantized(*kept, tile)
-
-
-def _blocks(weight: Tensor, scaling: Scaling, *, turned: bool) -> tuple[Quantized, Quantized]:
-    """Blocks, and turned ones where they are asked for."""
-    weight_EMK = weight.contiguous().view(-1, *weight.shape[-2:])
-    experts, rows, columns = weight_EMK.shape
-    row_blocks, column_blocks = triton.cdiv(rows, TILE), triton.cdiv(columns, TILE)
-    lead = weight.shape[:-2]
-    blocks = _empty(weight, weight.shape), _scales(weight, *lead, row_blocks, column_blocks)
-    other = (
-        (_empty(weight, (*lead, columns, rows)), _scales(weight, *lead, column_blocks, row_blocks))
-        if turned
-        else blocks
-    )
-    if weight.numel():
-        blocks_kernel[row_blocks, column_blocks, experts](
-            weight_EMK, *blocks, *other, rows, columns, scaling.floor,
-            POWER_OF_TWO=scaling.power_of_two, WITH_TURNED=turned, **TILE_LAUNCH,
-        )  # fmt: skip
-    return _quantized(*blocks, TILE), _quantized(*other, TILE)
 
 
 def _quantized(codes: Tensor, scale: Tensor, tile: int) -> Quantized:
@@ -168,8 +154,7 @@ def columns_kernel(
 
 
 @triton.jit
-def blocks_kernel(weight, values, scale, turned, turned_scale, rows, columns, floor, POWER_OF_TWO: tl.constexpr,
-                  WITH_TURNED: tl.constexpr):  # fmt: skip
+def blocks_kernel(weight, values, scale, turned, turned_scale, rows, columns, floor, POWER_OF_TWO: tl.constexpr):
     """A program has a block of 128 rows and columns of one expert."""
     row_block, column_block, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     first, column, before = row_block * 128, column_block * 128, expert * rows * columns
@@ -179,10 +164,9 @@ def blocks_kernel(weight, values, scale, turned, turned_scale, rows, columns, fl
     tl.store(scale + row_block * tl.num_programs(1) + column_block, block)
     codes_TV = e4m3_codes(x_TV, tl.broadcast_to(block, x_TV.shape), POWER_OF_TWO)
     store_tile(values + before, codes_TV, first, rows, column, columns, columns)
-    if WITH_TURNED:
-        turned_scale += expert * tl.num_programs(0) * tl.num_programs(1)
-        tl.store(turned_scale + column_block * tl.num_programs(0) + row_block, block)
-        store_tile(turned + before, tl.trans(codes_TV), column, columns, first, rows, rows)
+    turned_scale += expert * tl.num_programs(0) * tl.num_programs(1)
+    tl.store(turned_scale + column_block * tl.num_programs(0) + row_block, block)
+    store_tile(turned + before, tl.trans(codes_TV), column, columns, first, rows, rows)
 
 
 @triton.jit
@@ -268,7 +252,7 @@ _BOTH = {"WITH_ROWS": True}
 _DENSE = {"ends_E": None, "EXPERTS": 1, "LANES": 1}
 _BLOCKS = {
     "weight": "*bf16", "values": "*u8", "scale": "*fp32", "turned": "*u8", "turned_scale": "*fp32",
-    "rows": "i32:16", "columns": "i32:16", "floor": "fp32", "POWER_OF_TWO": True, "WITH_TURNED": False,
+    "rows": "i32:16", "columns": "i32:16", "floor": "fp32", "POWER_OF_TWO": True,
 }  # fmt: skip
 _PLAIN = {"POWER_OF_TWO": False}
 _LINES_WARPS, _TILE_WARPS = ROWS_LAUNCH["num_warps"], TILE_LAUNCH["num_warps"]
@@ -289,5 +273,4 @@ BUILDS = (
     ),
     Build("requantize rows as columns", columns_kernel, _COLUMNS | _QUANTIZED, _TILE_WARPS),
     Build("quantize blocks", blocks_kernel, _BLOCKS, _TILE_WARPS),
-    Build("quantize blocks, also turned", blocks_kernel, _BLOCKS | {"WITH_TURNED": True}, _TILE_WARPS),
 )
