@@ -24,25 +24,37 @@ from rich.table import Table
 from torch import Tensor
 
 from dstrain.precision.formats import FLOOR, TILE, Scaling
-from dstrain.precision.quantize import Quantized, dequantize_blocks, dequantize_rows, quantize_blocks, quantize_rows
+from dstrain.precision.quantize import dequantize_rows, quantize_blocks, quantize_rows
 
 ROWS, STEP, FRACTION_BITS = 128, 32, 13
-# What is quantised how, forward, backward for inputs, backward for weights; both operands lie [rows, depth].
-Quantise = Callable[[Tensor], Tensor]
+# E4M3 numbers of an operand, [rows, depth], and the scale of each 128 of them, [rows, depth / 128].
+Operand = tuple[Tensor, Tensor]
+Quantise = Callable[[Tensor], Operand]
 
 
 def tiles(power_of_two: bool, floor: float = FLOOR, tile: int = TILE) -> Quantise:
-    return lambda x: dequantize_rows(quantize_rows(x, Scaling(power_of_two, floor), tile))
+    def quantise(x: Tensor) -> Operand:
+        q = quantize_rows(x, Scaling(power_of_two, floor), tile)
+        if tile == TILE:
+            return q.values.float(), q.scale
+        # Powers of two that the tensor core itself applies: it aligns numbers with them.
+        return dequantize_rows(q), torch.ones(len(x), x.shape[1] // TILE)
+
+    return quantise
 
 
 def blocks(power_of_two: bool) -> Quantise:
-    return lambda x: dequantize_blocks(quantize_blocks(x, Scaling(power_of_two, FLOOR)))
+    def quantise(x: Tensor) -> Operand:
+        q = quantize_blocks(x, Scaling(power_of_two, FLOOR))
+        return q.values.float(), q.scale.repeat_interleave(TILE, 0)
+
+    return quantise
 
 
-def tensorwise(x: Tensor) -> Tensor:
+def tensorwise(x: Tensor) -> Operand:
     """One scale for all, as FP8 training began."""
     scale = Scaling(False).scales(x.abs().amax())
-    return Quantized((x / scale).to(torch.float8_e4m3fn), scale).values.float() * scale
+    return (x / scale).to(torch.float8_e4m3fn).float(), scale.expand(len(x), x.shape[1] // TILE)
 
 
 @dataclass(frozen=True)
@@ -62,17 +74,27 @@ RECIPES = (
 )
 
 
-def hopper_sum(left: Tensor, right: Tensor, steps: int | None) -> Tensor:
-    """left @ right.T; sums are promoted to FP32 after `steps` steps of 32 products, None: never."""
-    total = torch.zeros(len(left), len(right))
-    held = torch.zeros_like(total)
-    for n, (a, b) in enumerate(zip(left.split(STEP, 1), right.split(STEP, 1), strict=True), start=1):
+def wide(operand: Operand) -> Tensor:
+    numbers, scale = operand
+    return numbers * scale.repeat_interleave(TILE, 1)
+
+
+def hopper_sum(left: Operand, right: Operand) -> Tensor:
+    """left @ right.T, promoted to FP32, and scaled, every 128."""
+    total = torch.zeros(ROWS, ROWS)
+    for n, (a, b) in enumerate(zip(left[0].split(TILE, 1), right[0].split(TILE, 1), strict=True)):
+        total += tensor_core(a, b) * left[1][:, n, None] * right[1][:, n]
+    return total
+
+
+def tensor_core(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right.T in one accumulator."""
+    held = torch.zeros(ROWS, ROWS)
+    for a, b in zip(left.split(STEP, 1), right.split(STEP, 1), strict=True):
         parts = torch.cat((a[:, None, :] * b[None, :, :], held[..., None]), 2)
         quantum = torch.exp2(parts.abs().amax(2, keepdim=True).clamp_min(1e-38).log2().floor() - FRACTION_BITS)
         held = _cut((parts / quantum).trunc_().sum(2) * quantum[..., 0])
-        if steps and n % steps == 0:
-            total, held = total + held, torch.zeros_like(held)
-    return total + held
+    return held
 
 
 def _cut(x: Tensor) -> Tensor:
@@ -116,7 +138,7 @@ class Error:
 
 
 def errors(kind: str, recipe: Recipe, outliers: bool, depth: int) -> tuple[Error, Error, Error]:
-    """Of quantising; of sums with promotion; of sums without."""
+    """Of quantising; of sums with promotion; of sums without, of the numbers before they are scaled."""
     left, right = operands(kind, outliers, depth)
     left_of, right_of = {
         "forward": (recipe.activation, recipe.weight),
@@ -124,9 +146,14 @@ def errors(kind: str, recipe: Recipe, outliers: bool, depth: int) -> tuple[Error
         "weight gradient": (recipe.gradient, recipe.activation),
     }[kind]
     a, b = left_of(left), right_of(right)
-    quantised = a.double() @ b.double().t()
-    promoted, plain = (Error.of(hopper_sum(a, b, steps), quantised) for steps in (TILE // STEP, None))
-    return Error.of(quantised, left.double() @ right.double().t()), promoted, plain
+    quantised = wide(a).double() @ wide(b).double().t()
+    # Without promotion there is nowhere to apply scales, so the sums are those of the numbers.
+    numbers = a[0].double() @ b[0].double().t()
+    return (
+        Error.of(quantised, left.double() @ right.double().t()),
+        Error.of(hopper_sum(a, b), quantised),
+        Error.of(tensor_core(a[0], b[0]), numbers),
+    )
 
 
 def draw(found: dict[tuple[str, str, bool], tuple[Error, Error, Error]], path: Path) -> None:
@@ -140,11 +167,11 @@ def draw(found: dict[tuple[str, str, bool], tuple[Error, Error, Error]], path: P
             for n, what in enumerate(("quantising", "sums, promoted every 128", "sums, not promoted")):
                 heights = [found[kind, name, outliers][n].mean for name in names]
                 axes.bar([place + 0.27 * (n - 1) for place in range(len(names))], heights, 0.25, label=what)
-            axes.set(yscale="log", title=f"{kind}, {'outliers' if outliers else 'random'}")
+            axes.set(yscale="log", ylim=(3e-5, 1), title=f"{kind}, {'outliers' if outliers else 'random'}")
             axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=7)
             axes.grid(axis="y", alpha=0.3)
         row[0].set_ylabel("relative error of a row, mean")
-    rows[0][0].legend(fontsize=7)
+    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
