@@ -28,6 +28,7 @@ from dstrain.comm.collectives import Peers
 from dstrain.comm.flat import FlatCollectives
 from dstrain.comm.lane import Flight
 from dstrain.precision.formats import FLOOR, TILE, Scaling
+from dstrain.precision.rounding import e4m3_values, round_blocks
 
 WEIGHTS = Scaling(power_of_two=True, floor=FLOOR)
 # Of what is rounded at once, whose scales are spread over all elements.
@@ -87,8 +88,10 @@ class Piece:
     def spread(self, of_block_B: Tensor) -> Tensor:
         """What each element's block has, [r, c]."""
         of_block = of_block_B[self.stack.blocks].view(self.stack.block_shape)
+        first, last = self.stack.block_row(self.row), self.stack.block_row(self.row + self.rows - 1)
         column_c = torch.arange(self.column, self.column + self.columns, device=of_block.device) // TILE
-        return of_block[self._block_row(of_block.device)][:, column_c]
+        # Columns first, of few rows: whole rows are copied many times as fast as single elements.
+        return of_block[first : last + 1][:, column_c][self._block_row(of_block.device) - first]
 
     def note_largest(self, x_rc: Tensor, largest_B: Tensor) -> None:
         """Raises the blocks' largest magnitudes to those of `x_rc`."""
@@ -162,9 +165,10 @@ class Fp8Gather:
 
     def round(self, wide_S: Tensor, compute_S: Tensor) -> None:
         """What the gather leaves behind, from the master weights of all ranks."""
-        everything = slice(0, len(wide_S))
-        scale_B = WEIGHTS.scales(self._largest(wide_S, everything))
-        self._write(self._rounded(wide_S, everything, scale_B), scale_B, compute_S)
+        for stack in self.stacks:
+            wide, out = (flat[stack.start : stack.start + stack.numel] for flat in (wide_S, compute_S))
+            matrices = wide.view(stack.count, stack.rows, stack.columns)
+            out.copy_(round_blocks(matrices, WEIGHTS, compute_S.dtype).view(-1))
 
     def _pieces(self, part: slice) -> Iterator[Piece]:
         for stack in self.stacks:
@@ -225,6 +229,5 @@ class Fp8Gather:
 
     def _write(self, bits_S: Tensor, scale_B: Tensor, compute_S: Tensor) -> Tensor:
         for piece in self._pieces(slice(0, len(bits_S))):
-            value_rc = piece.cut(bits_S).view(torch.float8_e4m3fn).float()
-            piece.cut(compute_S).copy_(value_rc * piece.spread(scale_B))
+            piece.cut(compute_S).copy_(e4m3_values(piece.cut(bits_S)).mul_(piece.spread(scale_B)))
         return compute_S
