@@ -4,11 +4,14 @@ Embedding, head, router, norms and the core of attention never do (DeepSeek-V3 s
 or the head.
 """
 
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from dstrain.config.schema import PrecisionConfig
+from dstrain.dispatch.local import LocalDispatcher
 from dstrain.errors import ConfigError
 from dstrain.model.attention import Attention
 from dstrain.model.moe import Experts
@@ -24,14 +27,29 @@ NEVER = ("head",)
 
 def modules_in_fp8(model: Transformer, precision: PrecisionConfig) -> dict[str, Linear | Experts]:
     """By name; ConfigError for a pattern of precision.exclude that names none of those that could be among them."""
-    able = {name: module for name, module in model.named_modules() if isinstance(module, (Linear, Experts))}
-    able = {name: module for name, module in able.items() if name not in NEVER}
+    if precision.exclude:
+        _check_patterns(_able(_whole(model)), precision)
+    able = _able(model).items()
+    return {name: x for name, x in able if not any(fnmatchcase(name, pattern) for pattern in precision.exclude)}
+
+
+def _able(model: Transformer) -> dict[str, Linear | Experts]:
+    found = {name: module for name, module in model.named_modules() if isinstance(module, (Linear, Experts))}
+    return {name: module for name, module in found.items() if name not in NEVER}
+
+
+def _whole(model: Transformer) -> Transformer:
+    """All of the model, without memory: a pattern may name what other stages of a pipeline hold."""
+    with torch.device("meta"):
+        return Transformer(model.config, range(1), LocalDispatcher(model.config.num_experts))
+
+
+def _check_patterns(able: Collection[str], precision: PrecisionConfig) -> None:
     for pattern in precision.exclude:
         if not any(fnmatchcase(name, pattern) for name in able):
             some = ", ".join(list(able)[:3])
             rule = f"no module that computes in {precision.products} has such a name; there are {some} and others"
             raise ConfigError("precision.exclude", pattern, rule, "Name modules, with * for any part of a name.")
-    return {name: x for name, x in able.items() if not any(fnmatchcase(name, p) for p in precision.exclude)}
 
 
 def apply_products(model: Transformer, precision: PrecisionConfig, backend: Backend, watch: Watch) -> None:
