@@ -1,6 +1,6 @@
 """Errors of the three products in FP8 against FP64: what quantising costs, and what the sums of tensor cores cost.
 
-    python scripts/bench_fp8_errors.py [--depth 4096] [--out docs/fp8_errors.png]
+    python scripts/bench_fp8_errors.py [--depth 4096] [--out docs/fp8_errors.svg]
 
 Operands have 128 rows and `depth` numbers to be summed over. "outliers": one channel in 100 is 50 times as large as the
 others, and tokens differ by orders of magnitude, as activations and gradients do. An error is that of the norm of a row
@@ -159,6 +159,7 @@ def errors(kind: str, recipe: Recipe, outliers: bool, depth: int) -> tuple[Error
 def draw(found: dict[tuple[str, str, bool], tuple[Error, Error, Error]], path: Path) -> None:
     from matplotlib import pyplot
 
+    pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "dstrain"})
     kinds = list(dict.fromkeys(kind for kind, _, _ in found))
     figure, rows = pyplot.subplots(2, len(kinds), figsize=(11, 6.5), sharey=True, layout="constrained")
     for row, outliers in zip(rows, (False, True), strict=True):
@@ -172,7 +173,7 @@ def draw(found: dict[tuple[str, str, bool], tuple[Error, Error, Error]], path: P
             axes.grid(axis="y", alpha=0.3)
         row[0].set_ylabel("relative error of a row, mean")
     figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:

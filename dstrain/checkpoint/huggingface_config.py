@@ -54,6 +54,9 @@ FP8 = {
     "weight_block_size": [BLOCK, BLOCK],
 }
 
+# Scales that are powers of two, as DeepSeek says it since V3.1.
+UE8M0 = {"scale_fmt": "ue8m0"}
+
 
 def limits_groups(router: RouterConfig) -> bool:
     return router.groups_per_token < router.num_groups
@@ -86,8 +89,11 @@ def _refuse_export(field: str, value: Any, reason: str) -> None:
     raise UserError(f"model.{field}={value} has no place in a Hugging Face model: {reason}. It cannot be exported.")
 
 
-def to_json(model: ModelConfig, max_positions: int, eos: int | None, dtype: str) -> dict[str, Any]:
-    """config.json as a dictionary. `dtype`: bfloat16 | float32 | fp8. UserError for what transformers can't compute."""
+def to_json(
+    model: ModelConfig, max_positions: int, eos: int | None, dtype: str, power_of_two: bool = False
+) -> dict[str, Any]:
+    """config.json as a dictionary. `dtype`: bfloat16 | float32 | fp8, with scales that are powers of two or not.
+    UserError for what transformers can't compute."""
     chosen, router = architecture(model), model.router
     is_v3 = chosen == V3
     yarn = model.rope.yarn_factor > 1
@@ -116,7 +122,7 @@ def to_json(model: ModelConfig, max_positions: int, eos: int | None, dtype: str)
         "bos_token_id": None,
         "eos_token_id": eos,
         "torch_dtype": "float32" if dtype == "float32" else "bfloat16",
-        **({"quantization_config": FP8} if dtype == "fp8" else {}),
+        **({"quantization_config": FP8 | (UE8M0 if power_of_two else {})} if dtype == "fp8" else {}),
     }
 
 

@@ -94,9 +94,9 @@ class WeightWriter:
         self._pending[name] = copied
         self._pending_bytes += copied.nbytes
 
-    def add_fp8(self, name: str, matrix: Tensor) -> None:
+    def add_fp8(self, name: str, matrix: Tensor, power_of_two: bool = False) -> None:
         """`matrix` as E4M3 values and block scales."""
-        values, scales = blockwise.quantize(matrix)
+        values, scales = blockwise.quantize(matrix, power_of_two)
         self.add(name, values, values.dtype)
         self.add(name + SCALE, scales, scales.dtype)
 

@@ -45,11 +45,11 @@ class FabricPoint:
 class FabricRoot:
     """`dstrain bench fabric`: dispatchers on a network of namespaces with limited links. Needs root."""
 
-    # What to compare: <dispatcher>/<wire>/<order> (alltoall | rank | hierarchical; bfloat16 | fp8 | fp4; block, or how
-    # many micro-batches are in flight), or a peer that is installed: megatron | torchtitan | deepspeed |
-    # deepspeed_drops. With pp above 1 the order is a pipeline's: 1f1b | interleaved | zb_1p | zb_v | dualpipe |
-    # dualpipev, with +block behind it where compute stands still during every transfer, with +overlap as
-    # schedule.overlap=true.
+    # What to compare: <dispatcher>/<wire>/<order> (alltoall | rank | hierarchical; bfloat16 | fp8 | mxfp8 | fp4 |
+    # logfmt8 | logfmt10; block, or how many micro-batches are in flight), or a peer that is installed: megatron |
+    # torchtitan | deepspeed | deepspeed_drops. With pp above 1 the order is a pipeline's: 1f1b | interleaved | zb_1p |
+    # zb_v | dualpipe | dualpipev, with +block behind it where compute stands still during every transfer, with +overlap
+    # as schedule.overlap=true.
     cases: tuple[str, ...] = (
         "alltoall/bfloat16/block",
         "alltoall/bfloat16/2",

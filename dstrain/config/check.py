@@ -106,7 +106,8 @@ def check_dispatch(config: Config) -> None:
     if dispatch.kind == "local" and config.mesh.ep > 1:
         cure = f"Set dispatch.kind=alltoall (or auto), or mesh.ep=1 instead of {config.mesh.ep}."
         raise ConfigError("dispatch.kind", "local", "it can't reach experts on other ranks", cure)
-    one_of(config, "dispatch.wire", "auto", "float32", "bfloat16", "fp8", "fp4")
+    wires = ("auto", "float32", "bfloat16", "fp8", "mxfp8", "fp4", "logfmt8", "logfmt10")
+    one_of(config, "dispatch.wire", *wires)
     if dispatch.expert_chunk_rows is not None:
         at_least(config, 0, "dispatch.expert_chunk_rows")
     at_least(config, 0, "dispatch.placement.every_steps", "dispatch.placement.min_gain")
@@ -260,7 +261,7 @@ def check_generate(config: GenerateRoot) -> None:
 def check_export(config: ExportRoot) -> None:
     need_text(config, "run.dir", "the run to export")
     need_text(config, "out", "the directory to write")
-    one_of(config, "dtype", "bfloat16", "float32", "fp8")
+    one_of(config, "precision", "bfloat16", "float32", "fp8")
     above_zero(config, "shard_gib")
 
 

@@ -83,7 +83,7 @@ class ExportRoot:
     out: str = ""
     step: int | None = None
     # bfloat16 | float32 | fp8 (E4M3 with 128x128 block scales, `weight_scale_inv`)
-    dtype: str = "bfloat16"
+    precision: str = "bfloat16"
     # Largest size of one safetensors file in GiB.
     shard_gib: float = 4.0
 

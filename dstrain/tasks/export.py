@@ -30,7 +30,9 @@ def run(config: ExportRoot) -> None:
     run_config, checkpointer = open_run(config.run.dir)
     step = max(checkpointer.steps(), default=0) if config.step is None else config.step
     eod = load_tokenizer(run_config.data.tokenizer).eod
-    fields = to_json(run_config.model, run_config.train.seq_len, eod, config.dtype)
+    # A run that trained with such scales has them in its file.
+    power_of_two = run_config.precision.products == "fp8" and run_config.precision.scales == "power_of_two"
+    fields = to_json(run_config.model, run_config.train.seq_len, eod, config.precision, power_of_two)
     # Verifies every byte, once.
     checkpointer.load(step, {})
     tensors = logical_tensors(run_config.model)
@@ -43,9 +45,9 @@ def run(config: ExportRoot) -> None:
         progress = Console(stderr=True)
         for layer in track(layers, "exporting", console=progress, disable=not sys.stderr.isatty(), transient=True):
             for tensor, whole in zip(layer, _read(layer, checkpointer, step), strict=True):
-                _write(tensor, whole, writer, config.dtype)
+                _write(tensor, whole, writer, config.precision, power_of_two)
         writer.finish()
-    print(f"{config.out}: step {step} of {config.run.dir} as {fields['architectures'][0]}, {config.dtype}")
+    print(f"{config.out}: step {step} of {config.run.dir} as {fields['architectures'][0]}, {config.precision}")
 
 
 def _read(tensors: list[LogicalTensor], checkpointer: Checkpointer, step: int) -> list[Tensor]:
@@ -66,10 +68,10 @@ def _check_biases(tensors: list[LogicalTensor], checkpointer: Checkpointer, step
             )
 
 
-def _write(tensor: LogicalTensor, whole: Tensor, writer: WeightWriter, dtype: str) -> None:
+def _write(tensor: LogicalTensor, whole: Tensor, writer: WeightWriter, dtype: str, power_of_two: bool) -> None:
     stored = torch.float32 if tensor.is_bias or dtype == "float32" else torch.bfloat16
     for name, part in tensor.split(whole):
         if dtype == "fp8" and tensor.is_fp8:
-            writer.add_fp8(name, part)
+            writer.add_fp8(name, part, power_of_two)
         else:
             writer.add(name, part, stored)

@@ -57,7 +57,8 @@ RANDOM_TOKENS = 256
 # Rows of the table for gradients and for parameters.
 WORST = 8
 # Largest relative errors by wire format; those of formats that round are errors of the norm.
-TOLERANCES = {"float32": 1e-5, "bfloat16": 0.02, "fp8": 0.15, "fp4": 0.5}
+TOLERANCES = {"float32": 1e-5, "bfloat16": 0.02, "fp8": 0.15, "mxfp8": 0.15, "fp4": 0.5}
+TOLERANCES |= {"logfmt8": 0.06, "logfmt10": 0.02}
 FP32 = PrecisionConfig("float32", "float32", "float32")
 # Where the rank that fails first says why.
 PROBLEM = "problem.txt"

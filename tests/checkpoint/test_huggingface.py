@@ -39,7 +39,7 @@ def one_thread() -> Iterator[None]:
 
 def exported(tmp_path: Path, transformer: Transformer) -> Path:
     write_run(tmp_path / "run", transformer)
-    export.run(ExportRoot(run=RunConfig(str(tmp_path / "run")), out=str(tmp_path / "hf"), dtype="float32"))
+    export.run(ExportRoot(run=RunConfig(str(tmp_path / "run")), out=str(tmp_path / "hf"), precision="float32"))
     return tmp_path / "hf"
 
 

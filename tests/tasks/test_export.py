@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dstrain.config.commands import ExportRoot, ImportRoot
-from dstrain.config.schema import RunConfig
+from dstrain.config.load import read, save
+from dstrain.config.schema import PrecisionConfig, RunConfig
 from dstrain.errors import ConfigError, UserError
+from dstrain.precision.formats import FLOOR, Scaling
+from dstrain.precision.rounding import round_blocks
 from dstrain.tasks import export, import_
 from tests.checkpoint.huggingface_cases import MODELS, V2, WITH_MTP, random_model, read_run, write_run
 
@@ -22,7 +25,7 @@ KEPT_IN_BF16 = ("norm", "embed", "head", "mlp.gate.weight", "eh_proj")
 
 
 def export_run(tmp_path: Path, dtype: str = "bfloat16", out: str = "hf", run: str = "run", **fields: float) -> Path:
-    config = ExportRoot(run=RunConfig(str(tmp_path / run)), out=str(tmp_path / out), dtype=dtype)
+    config = ExportRoot(run=RunConfig(str(tmp_path / run)), out=str(tmp_path / out), precision=dtype)
     export.run(replace(config, **fields))
     return tmp_path / out
 
@@ -119,6 +122,21 @@ def test_fp8_exported_again_holds_the_same_codes(fp8: Path) -> None:
             torch.testing.assert_close(again[name], tensor, rtol=1e-6, atol=0)
         else:
             assert torch.equal(again[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
+
+
+def test_a_run_in_fp8_exports_the_weights_that_it_computed_with(tmp_path: Path) -> None:
+    ours = random_model(WITH_MTP)
+    write_run(tmp_path / "run", ours)
+    trained = read(tmp_path / "run" / "config.yaml")
+    save(replace(trained, precision=PrecisionConfig(products="fp8")), tmp_path / "run" / "config.yaml")
+    directory = export_run(tmp_path, "fp8")
+    written = stored(directory)
+    assert json.loads((directory / "config.json").read_text())["quantization_config"]["scale_fmt"] == "ue8m0"
+    scales = torch.cat([tensor.flatten() for name, tensor in written.items() if name.endswith("_scale_inv")])
+    assert torch.equal(scales.log2(), scales.log2().round())
+    weight = ours.state_dict()["layers.1.attn.kv_b.weight"]
+    computed = round_blocks(weight, Scaling(True, FLOOR), torch.float32)
+    assert torch.equal(by_definition(written)["model.layers.1.self_attn.kv_b_proj.weight"], computed)
 
 
 def test_a_softmax_router_with_a_bias_is_refused_and_nothing_written(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def export_to(out: Path, run: Path, dtype: str = "bfloat16") -> Path:
-    export.run(ExportRoot(run=RunConfig(str(run)), out=str(out), dtype=dtype))
+    export.run(ExportRoot(run=RunConfig(str(run)), out=str(out), precision=dtype))
     return out
 
 
