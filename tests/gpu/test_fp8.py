@@ -21,7 +21,7 @@ from tests.precision.backends.agreement import (
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-# Sides of 32 fit every backend, those of 128 the fastest way through each, odd ones only Triton.
+# Sides of 32 fit every backend, those of 128 the fastest way through each, odd ones only Triton and BF16.
 CASES = {
     "whole tiles": Case((512, 384, 256), None, "cuda"),
     "parts of tiles": Case((130, 160, 352), None, "cuda"),
@@ -62,7 +62,7 @@ def test_agrees_with_plain_scales(name: str, case: str):
     assert_products_agree(backend(name, "plain"), CASES[case])
 
 
-@pytest.mark.parametrize("name", ["deepgemm", "scaled_mm", "triton"])
+@pytest.mark.parametrize("name", ["deepgemm", "scaled_mm", "triton", "bf16"])
 def test_experts_train_without_waiting_for_the_device(name: str):
     """Forward and backward pass of a product of experts, near that in BF16; the host learns no counts."""
     case = CASES["experts"]

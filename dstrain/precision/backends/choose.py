@@ -3,6 +3,7 @@
     deepgemm    compute capability 9.0 and 10.x      DeepSeek's kernels, where the package is installed
     scaled_mm   9.0, CUDA 12.9                       cuBLASLt for single weights, Triton for experts
     triton      8.9 and up                           our own kernels
+    bf16        8.0 and up                           kept in FP8, multiplied in BF16: for GPUs without FP8 tensor cores
     mxfp8       10.x, CUDA 12.8                      precision.products=mxfp8 only
     reference   anything                             operands rounded as in FP8, multiplied in a wider dtype
 
@@ -86,6 +87,8 @@ class Needs:
     cuda: tuple[int, int] = (12, 0)
     # Whether results can be FP32 as well.
     has_float32: bool = True
+    # Whether scales can be other than powers of two.
+    has_plain: bool = True
 
     @property
     def capability(self) -> str:
@@ -100,6 +103,7 @@ BACKENDS = {
     "deepgemm": Needs("fp8", ((9, 0), (11, 0)), ("triton", "deep_gemm"), has_float32=False),
     "scaled_mm": Needs("fp8", ((9, 0), (10, 0)), cuda=(12, 9)),
     "triton": Needs("fp8", ((8, 9), (99, 0))),
+    "bf16": Needs("fp8", ((8, 0), (99, 0)), has_plain=False),
     "mxfp8": Needs("mxfp8", ((10, 0), (11, 0)), cuda=(12, 8), has_float32=False),
 }
 NAMES = ("auto", "reference", *BACKENDS)
@@ -144,6 +148,10 @@ def _backend_class(name: str) -> type[Backend]:
         from dstrain.precision.backends.triton import TritonBackend
 
         return TritonBackend
+    if name == "bf16":
+        from dstrain.precision.backends.bf16 import Bf16Backend
+
+        return Bf16Backend
     if name == "mxfp8":
         from dstrain.precision.backends.mxfp8 import Mxfp8Backend
 
@@ -158,19 +166,35 @@ def _first_that_can(config: Config, machine: Machine) -> Choice:
     slowly = f"products in {dtype} of dequantised operands"
     if machine.name == CPU:
         return Choice("reference", "reference: on a CPU")
-    if machine.capability < BACKENDS["triton"].capabilities[0]:
-        lack = "is no GPU by NVIDIA" if machine.capability == NO_CAPABILITY else "has no FP8 tensor cores"
-        return Choice("reference", f"reference: {machine.label} {lack}: {slowly}")
+    lack = _lack(machine)
     others: list[str] = []
-    for name, needs in BACKENDS.items():
-        if needs.products != config.precision.products:
-            continue
+    for name in _candidates(config, machine):
         against = _against(name, config, machine)
+        if against is None and lack:
+            return Choice(name, f"{name}: {lack}: operands kept in FP8, multiplied in BF16")
         if against is None:
             why = "".join(f", and {other}" for other in others)
             return Choice(name, f"{name}: {machine.label} has FP8 tensor cores{why}")
         others.append(f"{name} needs {against.needs}")
+    if lack:
+        return Choice("reference", f"reference: {', and '.join([lack, *others])}: {slowly}")
     return Choice("reference", f"reference, {slowly}: {', and '.join(others)}")
+
+
+def _lack(machine: Machine) -> str | None:
+    """Why a GPU can't multiply in FP8."""
+    if machine.capability >= BACKENDS["triton"].capabilities[0]:
+        return None
+    lack = "is no GPU by NVIDIA" if machine.capability == NO_CAPABILITY else "has no FP8 tensor cores"
+    return f"{machine.label} {lack}"
+
+
+def _candidates(config: Config, machine: Machine) -> list[str]:
+    """In the order of trial; `bf16` only where a chip has no FP8, but BF16."""
+    names = [name for name in BACKENDS if name != "bf16"]
+    if _lack(machine) is not None:
+        names = ["bf16"] if machine.capability >= BACKENDS["bf16"].capabilities[0] else []
+    return [name for name in names if BACKENDS[name].products == config.precision.products]
 
 
 def _against(name: str, config: Config, machine: Machine) -> Against | None:
@@ -202,9 +226,12 @@ def _obstacles_of_tiles(needs: Needs, config: Config, machine: Machine) -> Itera
     if precision.products == "fp8" and precision.gradient_tiles != "rows":
         cure = "Set precision.gradient_tiles=rows"
         yield Against("precision.gradient_tiles=rows", precision.gradient_tiles, cure)
-    if "deep_gemm" in needs.packages and machine.capability >= (10, 0) and precision.scales != "power_of_two":
+    if precision.scales != "power_of_two":
         cure = "Set precision.scales=power_of_two"
-        yield Against("precision.scales=power_of_two on capability 10.x", precision.scales, cure)
+        if not needs.has_plain:
+            yield Against("precision.scales=power_of_two", precision.scales, cure)
+        if "deep_gemm" in needs.packages and machine.capability >= (10, 0):
+            yield Against("precision.scales=power_of_two on capability 10.x", precision.scales, cure)
     if needs.products == "mxfp8":
         for name, side in _sides(config.model):
             if side % MXFP8_TILE:

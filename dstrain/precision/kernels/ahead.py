@@ -16,10 +16,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dstrain.errors import UserError
-from dstrain.precision.kernels import e5m6, gemm, gemm_columns, permute, quantize, swiglu
+from dstrain.precision.kernels import e5m6, gemm, gemm_bf16, gemm_columns, permute, quantize, swiglu
 from dstrain.precision.kernels.build import Build
 
-MODULES = (quantize, swiglu, e5m6, permute, gemm, gemm_columns)
+MODULES = (quantize, swiglu, e5m6, permute, gemm, gemm_columns, gemm_bf16)
 BUILDS: tuple[Build, ...] = tuple(build for module in MODULES for build in module.BUILDS)
 
 # Bytes of shared memory that one block may use (CUDA C++ Programming Guide, technical specifications per capability).

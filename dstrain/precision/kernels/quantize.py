@@ -107,7 +107,7 @@ def _quantized(codes: Tensor, scale: Tensor, tile: int) -> Quantized:
 
 def _lines(x: Tensor) -> Tensor:
     """[R, K] of any strides but the last, which is 1."""
-    lines = x.reshape(-1, x.shape[-1])
+    lines = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return lines if lines.stride(1) == 1 else lines.contiguous()
 
 

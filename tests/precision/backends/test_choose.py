@@ -9,11 +9,13 @@ from dstrain.precision.backends.choose import BACKENDS, Machine, choose, decide,
 
 BOTH = frozenset({"triton", "deep_gemm"})
 TRITON = frozenset({"triton"})
+T4 = Machine("Tesla T4", (7, 5), (13, 0), BOTH)
 CPU = Machine("a CPU", packages=BOTH)
 A100 = Machine("NVIDIA A100", (8, 0), (13, 0), BOTH)
 L40S = Machine("NVIDIA L40S", (8, 9), (13, 0), BOTH)
 H100 = Machine("NVIDIA H100", (9, 0), (13, 0), BOTH)
 B200 = Machine("NVIDIA B200", (10, 0), (13, 0), BOTH)
+RTX3090 = Machine("NVIDIA GeForce RTX 3090", (8, 6), (13, 0), TRITON)
 RTX5090 = Machine("NVIDIA GeForce RTX 5090", (12, 0), (13, 0), BOTH)
 MI300X = Machine("AMD Instinct MI300X", packages=TRITON)
 
@@ -28,8 +30,24 @@ def config(backend: str = "auto", products: str = "fp8", **precision: str) -> Co
         (CPU, "reference", "reference: on a CPU"),
         (
             A100,
+            "bf16",
+            "bf16: NVIDIA A100 (8.0) has no FP8 tensor cores: operands kept in FP8, multiplied in BF16",
+        ),
+        (
+            RTX3090,
+            "bf16",
+            "bf16: NVIDIA GeForce RTX 3090 (8.6) has no FP8 tensor cores: operands kept in FP8, multiplied in BF16",
+        ),
+        (
+            replace(A100, packages=frozenset()),
             "reference",
-            "reference: NVIDIA A100 (8.0) has no FP8 tensor cores: products in BF16 of dequantised operands",
+            "reference: NVIDIA A100 (8.0) has no FP8 tensor cores, and bf16 needs the package triton: products in BF16 "
+            "of dequantised operands",
+        ),
+        (
+            T4,
+            "reference",
+            "reference: Tesla T4 (7.5) has no FP8 tensor cores: products in BF16 of dequantised operands",
         ),
         (
             MI300X,
@@ -83,6 +101,22 @@ def test_auto_on_blackwell(change: dict[str, str], backend: str):
     assert decide(config(**change), B200).backend == backend
 
 
+@pytest.mark.parametrize(
+    ("change", "backend"),
+    [
+        ({"scales": "plain"}, "reference"),
+        ({"compute_dtype": "float32"}, "bf16"),
+        ({"gradient_tiles": "blocks"}, "reference"),
+        ({"products": "mxfp8"}, "reference"),
+    ],
+    ids=str,
+)
+def test_auto_on_ampere(change: dict[str, str], backend: str):
+    choice = decide(config(**change), A100)
+    assert choice.backend == backend
+    assert choice.reason.startswith(f"{backend}: NVIDIA A100 (8.0) has no FP8 tensor cores")
+
+
 def test_auto_without_a_gpu_for_mxfp8():
     reason = "reference, products in BF16 of dequantised operands: mxfp8 needs compute capability 10.x"
     assert decide(config(products="mxfp8"), H100).reason == reason
@@ -102,6 +136,12 @@ def test_what_is_asked_for_is_taken(name: str):
             config("triton"),
             CPU,
             "it needs compute capability 8.9 or higher, and here is a CPU. Use another GPU, or set",
+        ),
+        (config("bf16"), T4, "it needs compute capability 8.0 or higher, and here is Tesla T4 (7.5). Use another GPU"),
+        (
+            config("bf16", scales="plain"),
+            A100,
+            "it needs precision.scales=power_of_two, and here is plain. Set precision.scales=power_of_two, or set",
         ),
         (config("triton"), A100, "it needs compute capability 8.9 or higher, and here is NVIDIA A100 (8.0)."),
         (
@@ -145,7 +185,7 @@ def test_this_machine():
     assert choose(config("reference"), device).backend == "reference"
 
 
-@pytest.mark.parametrize("name", ["reference", "triton", "scaled_mm", "mxfp8"])
+@pytest.mark.parametrize("name", ["reference", "bf16", "triton", "scaled_mm", "mxfp8"])
 def test_a_backend_is_made_by_its_name(name: str):
     backend = make_backend(name, config(products="mxfp8" if name == "mxfp8" else "fp8", scales="plain").precision)
     assert backend.name == name

@@ -1,7 +1,9 @@
 """Kernels run in Triton's interpreter, whose conversions to narrower floats are wrong (triton#8322): ties go away from
-zero, what carries out of the fraction is lost, BF16 is cut off. torch's take their place."""
+zero, what carries out of the fraction is lost, BF16 is cut off. torch's take their place. Its products take the bits of
+BF16 for integers, so they get the same numbers in FP32."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +29,21 @@ def _exact_casts() -> Iterator[None]:
     # What overflows belongs to tiles of NaN.
     with pytest.MonkeyPatch.context() as patch, np.errstate(over="ignore", invalid="ignore"):
         patch.setattr(interpreter, "_convert_float", convert)
+        patch.setattr(
+            interpreter.InterpreterBuilder, "create_dot", exact_dot(interpreter.InterpreterBuilder.create_dot)
+        )
         yield
+
+
+def exact_dot(dot: Callable[..., Any]) -> Callable[..., Any]:
+    """`dot` for operands in BF16 as well."""
+
+    def widened(side: Any) -> Any:
+        if side.dtype.scalar != tl.bfloat16:
+            return side
+        return interpreter.TensorHandle((side.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    return lambda builder, left, right, *rest: dot(builder, widened(left), widened(right), *rest)
 
 
 def convert(values: np.ndarray, source: tl.dtype, target: tl.dtype, rounding: object) -> np.ndarray:
