@@ -37,6 +37,7 @@ from dstrain.dispatch.transfer import Flying, as_quantised
 from dstrain.dispatch.wire import Fp8
 from dstrain.errors import ConfigError
 from dstrain.mesh.groups import Groups
+from dstrain.precision.quantize import Quantized
 
 # Of V1 (Buffer.get_dispatch_config).
 GROUP_SIZES_V1 = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)
@@ -287,7 +288,7 @@ class DeepEPDispatcher(Carrier[_Ticket]):
         """Rows, each once for each of its experts; if they stay quantised, their values and their scales."""
         if isinstance(wired, Tensor):
             return (to.expand(wired),)
-        return tuple(map(to.expand, wired)) if self.keeps_quantised else (to.expand(from_fp8(*wired, dtype)),)
+        return to.expand_quantised(Quantized(*wired)) if self.keeps_quantised else (to.expand(from_fp8(*wired, dtype)),)
 
 
 def to_fp8(rows_TD: Tensor) -> tuple[Tensor, Tensor]:

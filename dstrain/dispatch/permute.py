@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dstrain.precision.quantize import Quantized
+from dstrain.precision.rows import take_rows
+
 # FP32 copies of rows are made of so many elements at a time: where a rank gets the tokens of all ranks, they would be
 # the largest thing of a step. On a CPU a block stays in the cache, too.
 WIDE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
@@ -102,13 +105,13 @@ class Expansion:
         return Expansion(pairs.row_N[order_N], bags, count(pairs.expert_N, num_experts))
 
     def expand(self, rows_RD: Tensor) -> Tensor:
-        """Each row once for each of its experts, [N, D]. Numbers of one byte, of any dtype, go as bytes, eight at a
-        time where they lie so."""
-        if rows_RD.itemsize > 1:
-            return rows_RD.index_select(0, self.row_N)
-        places = rows_RD.shape[1], rows_RD.stride(0), rows_RD.storage_offset()
-        wide = rows_RD.view(torch.uint8 if any(place % 8 for place in places) else torch.int64)
-        return wide.index_select(0, self.row_N).view(rows_RD.dtype)
+        """Each row once for each of its experts, [N, D]."""
+        return rows_RD.index_select(0, self.row_N)
+
+    def expand_quantised(self, rows: Quantized) -> tuple[Tensor, ...]:
+        """The same of quantised rows: values, scale, and what they were taken from, as `as_quantised` wants it."""
+        taken = take_rows(rows, self.row_N)
+        return taken.values, taken.scale, rows.values, rows.scale, self.row_N
 
     def sum(self, rows_ND: Tensor) -> Tensor:
         """The sum over each row's experts, [R, D] in the dtype of `rows_ND`."""

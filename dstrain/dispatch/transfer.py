@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dstrain.precision.formats import TILE
-from dstrain.precision.tensor import QuantizedTensor
+from dstrain.precision.quantize import Quantized
+from dstrain.precision.tensor import Origin, QuantizedTensor
 
 Result = TypeVar("Result", covariant=True)
 
@@ -44,13 +45,15 @@ class _Quantised:
     tile: int
 
     def wait(self) -> tuple[Tensor, ...]:
-        values, scale, *others = self.flight.wait()
-        return QuantizedTensor(values, scale, self.dtype, self.tile), *others
+        values, scale, rows, rows_scale, row_N, *others = self.flight.wait()
+        # Copies of many rows are not worth keeping; of few, neither is how they came about.
+        origin = Origin(Quantized(rows, rows_scale, self.tile), row_N) if len(rows) < len(values) else None
+        return QuantizedTensor(values, scale, self.dtype, self.tile, origin), *others
 
 
 def as_quantised(flight: Flying, dtype: torch.dtype, tile: int = TILE) -> Flying:
-    """The flight of values and their scales, landing as one tensor. It is made by whoever waits: what a lane hands over
-    are tensors that a device's streams know."""
+    """The flight of what `Expansion.expand_quantised` makes, landing as one tensor. It is made by whoever waits: what a
+    lane hands over are tensors that a device's streams know."""
     return _Quantised(flight, dtype, tile)
 
 

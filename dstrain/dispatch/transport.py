@@ -28,6 +28,7 @@ from dstrain.dispatch.hop import Crossing, FirstOut, Home, Hop, Leg, Out, relay
 from dstrain.dispatch.permute import Expansion, Pairs
 from dstrain.dispatch.transfer import Flying, Landed, as_quantised
 from dstrain.dispatch.wire import Fp8, Plain, WireFormat
+from dstrain.precision.quantize import Quantized
 
 
 @dataclass(kw_only=True)
@@ -158,4 +159,4 @@ class Transport(Carrier[HopTicket]):
         if self.kept is None:
             return (to.expand(self._format(ticket).decode(bytes_AB, ticket.hidden, ticket.dtype)),)
         values_AD, scale_AS = self.kept.unpack(bytes_AB, ticket.hidden)
-        return to.expand(values_AD), to.expand(scale_AS).float()
+        return to.expand_quantised(Quantized(values_AD, scale_AS.float(), self.kept.tile))

@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from dstrain.precision.backend import Backend, Kept, Operand
 from dstrain.precision.formats import E4M3, Format
 from dstrain.precision.quantize import Quantized
-from dstrain.precision.tensor import QuantizedTensor
+from dstrain.precision.rows import take_rows
+from dstrain.precision.tensor import Origin, QuantizedTensor
 from dstrain.precision.watch import Watch
 from dstrain.precision.weight_gradients import WeightGradients
 
@@ -124,13 +125,17 @@ class _Quantized(torch.autograd.Function):
 class _Kept:
     """An activation between forward and backward pass; its tensors go the way that autograd's hooks can see."""
 
-    def __init__(self, ctx: Any, kept: Kept, *others: Tensor | None):
+    def __init__(self, ctx: Any, kept: Kept, *others: Tensor | None, origin: Origin | None = None):
+        row_N = None
+        if origin is not None:
+            kept, row_N = origin.rows, origin.row_N
         self.like: Kept = replace(kept, values=None, scale=None)  # type: ignore[arg-type]
-        ctx.save_for_backward(kept.values, kept.scale, *others)
+        ctx.save_for_backward(kept.values, kept.scale, row_N, *others)
 
     def load(self, ctx: Any) -> tuple[Kept, Any]:
-        values, scale, *others = ctx.saved_tensors
-        return replace(self.like, values=values, scale=scale), others
+        values, scale, row_N, *others = ctx.saved_tensors
+        kept = replace(self.like, values=values, scale=scale)
+        return take_rows(kept, row_N) if isinstance(kept, Quantized) and row_N is not None else kept, others
 
 
 class _Product(torch.autograd.Function):
@@ -148,7 +153,8 @@ class _Product(torch.autograd.Function):
             kept = backend.keep(matrix, products.keeps)
         # As it is: recomputation would give back another tensor for a saved one.
         ctx.weight, ctx.products, ctx.gradients, ctx.shape = weight, products, gradients, x.shape
-        ctx.kept = _Kept(ctx, kept, ends_E)
+        origin = x.origin if kept is matrix and isinstance(x, QuantizedTensor) else None
+        ctx.kept = _Kept(ctx, kept, ends_E, origin=origin)
         return _as_rows_of(x, backend.forward(operand, products.weight(weight), ends_E))
 
     @staticmethod

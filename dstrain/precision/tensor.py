@@ -4,10 +4,11 @@ What arrives in FP8 and what several products share is quantised once: `Quantize
 tensor it stands for, so that autograd gives it gradients of that dtype, and holds values and scales alone. Linears
 and experts (precision/products.py) use them as they are; any other operation sees the dequantised tensor.
 
-Shapes: ... leading dimensions, D of a row, S = ceil(D / tile).
+Shapes: ... leading dimensions, D of a row, S = ceil(D / tile), N rows.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,17 +21,28 @@ from dstrain.precision.quantize import Quantized, dequantize_rows
 _aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What rows were taken from, where they are many more: enough to keep, and to take them again."""
+
+    rows: Quantized
+    row_N: Tensor
+
+
 class QuantizedTensor(Tensor):
     """`values` [..., D], float8_e4m3fn, times `scale` [..., S], FP32, seen as a tensor of `dtype`."""
 
     held: Quantized
+    origin: Origin | None
 
     @staticmethod
-    def __new__(cls, values: Tensor, scale: Tensor, dtype: torch.dtype, tile: int = TILE) -> "QuantizedTensor":
+    def __new__(
+        cls, values: Tensor, scale: Tensor, dtype: torch.dtype, tile: int = TILE, origin: Origin | None = None
+    ) -> "QuantizedTensor":
         seen: QuantizedTensor = Tensor._make_wrapper_subclass(
             cls, values.shape, strides=values.stride(), dtype=dtype, device=values.device
         )
-        seen.held = Quantized(values, scale, tile)
+        seen.held, seen.origin = Quantized(values, scale, tile), origin
         return seen
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -49,7 +61,8 @@ class QuantizedTensor(Tensor):
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None
     ) -> Any:
         if func in (_aten.detach.default, _aten.alias.default):
-            return args[0]._with(lambda part: part)
+            x = args[0]
+            return QuantizedTensor(x.held.values, x.held.scale, x.dtype, x.held.tile, x.origin)
         if func is _aten.view.default and args[1][-1] == args[0].shape[-1]:
             return args[0]._with(lambda part: part.view(*args[1][:-1], part.shape[-1]))
         if func is _aten.slice.Tensor and args[1] == 0 and args[0].dim() > 1:

@@ -1,0 +1,28 @@
+"""Quantised rows by their numbers: values and scales together.
+
+Shapes: A rows, D of a row, S tiles of a row, N rows taken.
+"""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from dstrain.precision.quantize import Quantized
+
+
+def take_rows(rows: Quantized, row_N: Tensor) -> Quantized:
+    """Rows row_N (int64) of [A, D] and [A, S]: values [N, D], scale [N, S]."""
+    if rows.values.is_cuda and find_spec("triton") is not None:
+        # Imported where there is a GPU to run it.
+        from dstrain.precision.kernels.permute import gather_rows
+
+        return gather_rows(rows, row_N)
+    return Quantized(_take_bytes(rows.values, row_N), rows.scale.index_select(0, row_N), rows.tile)
+
+
+def _take_bytes(values_AD: Tensor, row_N: Tensor) -> Tensor:
+    """As bytes, eight at a time where they lie so: a CPU has no kernel for E4M3, and is slow with single bytes."""
+    places = values_AD.shape[1], values_AD.stride(0), values_AD.storage_offset()
+    wide = values_AD.view(torch.uint8 if any(place % 8 for place in places) else torch.int64)
+    return wide.index_select(0, row_N).view(values_AD.dtype)
