@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dstrain.precision.quantize import Quantized
-from dstrain.precision.rows import take_rows
+from dstrain.precision.rows import has_kernels, take_rows
 
 # FP32 copies of rows are made of so many elements at a time: where a rank gets the tokens of all ranks, they would be
 # the largest thing of a step. On a CPU a block stays in the cache, too.
@@ -53,6 +53,10 @@ class Bags:
 
     def sum(self, rows_ND: Tensor) -> Tensor:
         """The sums, [R, D], added in FP32 in a fixed order."""
+        if rows_ND.dtype is torch.bfloat16 and has_kernels(rows_ND):
+            from dstrain.precision.kernels.permute import sum_rows
+
+            return sum_rows(rows_ND, self.order_N, self.start_R)
         # Narrow rows are widened first: on a CPU the kernel rounds BF16 sums away from zero where two are equally near.
         if rows_ND.dtype is torch.float32:
             return self._sum(rows_ND)

@@ -1,4 +1,4 @@
-"""Quantised rows by their numbers: values and scales together.
+"""Rows by their numbers: quantised ones taken, values and scales together; and whether kernels can do it.
 
 Shapes: A rows, D of a row, S tiles of a row, N rows taken.
 """
@@ -11,10 +11,14 @@ from torch import Tensor
 from dstrain.precision.quantize import Quantized
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Whether Triton can work on `x`; its kernels are imported nowhere else."""
+    return x.is_cuda and find_spec("triton") is not None
+
+
 def take_rows(rows: Quantized, row_N: Tensor) -> Quantized:
     """Rows row_N (int64) of [A, D] and [A, S]: values [N, D], scale [N, S]."""
-    if rows.values.is_cuda and find_spec("triton") is not None:
-        # Imported where there is a GPU to run it.
+    if has_kernels(rows.values):
         from dstrain.precision.kernels.permute import gather_rows
 
         return gather_rows(rows, row_N)
