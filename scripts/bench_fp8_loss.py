@@ -22,6 +22,8 @@ TOKENS_PER_STEP = 4096
 FP8 = ("precision=fp8", "dispatch.wire=fp8")
 RECIPES = {
     "bf16": ("precision=bf16",),
+    # How far apart runs drift by rounding alone.
+    "fp32": ("precision=fp32",),
     "fp8": FP8,
     "fp8, gradients in blocks": (*FP8, "precision.gradient_tiles=blocks"),
     "fp8, plain scales": (*FP8, "precision.scales=plain", "precision.gather=compute"),
