@@ -229,8 +229,8 @@ class PrecisionConfig:
     products: str = "compute"
     # Scales of fp8: power_of_two (UE8M0: DeepSeek-V3.1 and later; mxfp8 has no others) | plain (FP32, V3 as published)
     scales: str = "power_of_two"
-    # What computes them: auto | reference (anything) | triton (SM 8.9 and up) | scaled_mm (torch, SM 9.0) | deepgemm
-    # (SM 9.0 and up) | mxfp8 (torch, SM 10.0)
+    # What computes them: auto | reference (anything) | bf16 (SM 8.0 and up: operands in FP8, multiplied in BF16) |
+    # triton (SM 8.9 and up) | scaled_mm (torch, SM 9.0) | deepgemm (SM 9.0 and up) | mxfp8 (torch, SM 10.0)
     backend: str = "auto"
     # Names of modules that keep the compute dtype, as shell patterns: "layers.0.*", "*.attn.o", "*.experts"
     exclude: tuple[str, ...] = ()
