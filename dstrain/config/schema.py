@@ -165,8 +165,8 @@ class DispatchConfig:
     # token and node over the slow link) | deepep (GPU only); where mesh.ep is 1, nothing travels and all are local
     kind: str = "auto"
     # Format of rows and gradients on the way to the experts; back, it is the compute dtype: auto (that of
-    # precision.products) | float32 |
-    # bfloat16 | fp8 (E4M3, a scale per 128) | fp4 (E2M1, a scale per 32; an experiment)
+    # precision.products) | float32 | bfloat16 | fp8 (E4M3, a scale per 128) | mxfp8 (a scale per 32) | fp4 (E2M1, a
+    # scale per 32) | logfmt8 | logfmt10 (evenly spaced logarithms per 128); the last three are experiments
     wire: str = "auto"
     # Rows that the experts of a rank take at once; more go through in chunks that are computed again in the backward
     # pass: an expert that takes all tokens costs time, not memory. None: twice as many as come at an even load; 0: all.
