@@ -28,8 +28,8 @@ from dstrain.parallel.apply import build_model
 VOCABULARY = 320
 KINDS = {
     "BF16": ["precision=bf16"],
-    "FP8": ["precision=fp8", "precision.gather=compute"],
-    "FP8, plain scales": ["precision=fp8", "precision.scales=plain", "precision.gather=compute"],
+    "FP8": ["precision=fp8"],
+    "FP8, plain scales": ["precision=fp8", "precision.scales=plain"],
     "MXFP8": ["precision=mxfp8"],
     "FP32": ["precision=fp32"],
 }
