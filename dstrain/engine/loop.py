@@ -31,6 +31,7 @@ from dstrain.model.layer import End, Walk, walk_whole
 from dstrain.model.loss import StepLoss
 from dstrain.model.transformer import Transformer, router_names
 from dstrain.parallel.apply import logical_parameters
+from dstrain.parallel.precision import product_names
 from dstrain.plan.placement import Placement
 from dstrain.precision.products import cached_weights
 from dstrain.precision.watch import LARGEST, figures
@@ -299,10 +300,18 @@ class Trainer:
             return ""
         with self.model.watch.naming() as broken:
             self.accumulate(read).wait()
+        order = product_names(self.model)
+
+        def when(first: tuple[str, str]) -> tuple[bool, int]:
+            """The backward pass meets first what the forward pass has left, and the last layers first."""
+            is_gradient, place = first[0] == "gradient", order.index(first[1])
+            return is_gradient, -place if is_gradient else place
+
         firsts = [names[0] for names in gathered(broken, self.groups.background) if names]
-        # The backward pass meets first what the forward pass has left.
-        firsts.sort(key=lambda name: name.startswith("gradient"))
-        return f"; the first tensor with NaN or infinity that was to be quantised is the {firsts[0]}" if firsts else ""
+        if not firsts:
+            return ""
+        kind, name = min(firsts, key=when)
+        return f"; the first tensor with NaN or infinity that was to be quantised is the {kind} of {name}"
 
     def _balance(self, sums: _Sums, tokens: int, rate: float) -> list[LayerLoad]:
         """Moves the router biases against the load of the global batch, which every rank knows of every layer."""

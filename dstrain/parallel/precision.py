@@ -33,6 +33,12 @@ def modules_in_fp8(model: Transformer, precision: PrecisionConfig) -> dict[str, 
     return {name: x for name, x in able if not any(fnmatchcase(name, pattern) for pattern in precision.exclude)}
 
 
+def product_names(model: Transformer) -> list[str]:
+    """Of all that may compute in FP8 in the whole model, other ranks' layers included, from the first layer on."""
+    able = _able(_whole(model)).items()
+    return [f"{name}.{parameter}" for name, module in able for parameter, _ in module.named_parameters(recurse=False)]
+
+
 def _able(model: Transformer) -> dict[str, Linear | Experts]:
     found = {name: module for name, module in model.named_modules() if isinstance(module, (Linear, Experts))}
     return {name: module for name, module in found.items() if name not in NEVER}

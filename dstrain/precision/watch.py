@@ -28,8 +28,8 @@ class Watch:
 
     def __init__(self, device: torch.device):
         self.counts = torch.zeros(len(CLASSES), 5, dtype=torch.float64, device=device)
-        # What the tensors with NaN or infinity are called, in the order in which they are met; None: nobody asks.
-        self.broken: list[str] | None = None
+        # Class and product of the tensors with NaN or infinity, in the order in which they are met; None: nobody asks.
+        self.broken: list[tuple[str, str]] | None = None
         self._counts = False
 
     @contextmanager
@@ -43,9 +43,9 @@ class Watch:
             self._counts = False
 
     @contextmanager
-    def naming(self) -> Iterator[list[str]]:
-        """Fills the list with the names of tensors that hold NaN or infinity; the host waits for the device."""
-        found: list[str] = []
+    def naming(self) -> Iterator[list[tuple[str, str]]]:
+        """Fills the list with class and product of tensors that hold NaN or infinity; the host waits for the device."""
+        found: list[tuple[str, str]] = []
         self.broken = found
         try:
             yield found
@@ -58,7 +58,7 @@ class Watch:
             return
         kept, scale = _kept(kind, x, scheme)
         if self.broken is not None and scale.isnan().any():
-            self.broken.append(f"{kind} of {name}")
+            self.broken.append((kind, name))
         if self._counts:
             self._count(CLASSES.index(kind), x, kept, scale)
 

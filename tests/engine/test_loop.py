@@ -14,7 +14,7 @@ from dstrain.engine.sharding import ShardedEngine
 from dstrain.engine.state import Progress
 from dstrain.errors import SharedError
 from dstrain.mesh.axes import Mesh
-from dstrain.mesh.groups import Groups, Place, connect
+from dstrain.mesh.groups import Groups, Place, connect, mesh_of
 from dstrain.parallel.apply import build_model
 from tests.gloo.spawn import spawn
 from tests.tiny import CPU, TINY, alone, samples, tiny_config, whole, worst
@@ -210,6 +210,102 @@ def test_nothing_is_updated_when_a_rank_meets_a_nan(where: str, named: str):
         assert named in message
         assert untouched
         assert progress == Progress(1, 8, 96)
+
+
+FP8 = {"products": "fp8", "watch_every_steps": 2}
+CLASSES = ("activation", "swiglu", "attention", "weight", "gradient")
+
+
+def watched(rank: int, world: int) -> list[dict[str, float]]:
+    trainer = trainer_of(
+        tiny_config(precision=FP8, train={"sequences": 4}), connect(Mesh(ep=world), Place(rank, world, CPU))
+    )
+    return [trainer.step().rounding for _ in range(3)]
+
+
+def test_what_quantising_did_is_reported_now_and_then_for_all_ranks():
+    alone, *ranks = watched(0, 1), *spawn(watched, 2)
+    assert ranks[0] == ranks[1]
+    for found, expected in zip(ranks[0], alone, strict=True):
+        assert found.keys() == expected.keys()
+        for name, figure in found.items():
+            # All ranks hold the weights of what is no expert, which count once for each of them.
+            if not name.startswith("weight"):
+                assert figure == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
+    assert [bool(figures) for figures in alone] == [False, True, False]
+    names = {f"{kind}_{what}" for kind in CLASSES for what in ("amax", "underflow", "overflow")}
+    assert alone[1].keys() == names
+    assert all(alone[1][f"{kind}_amax"] > 0 for kind in CLASSES)
+    assert not any(alone[1][f"{kind}_overflow"] for kind in CLASSES)
+
+
+def test_nothing_is_watched_unless_asked_for():
+    for precision in ({"products": "fp8"}, {"watch_every_steps": 1}):
+        assert trainer_of(tiny_config(precision=precision), alone()).step().rounding == {}
+
+
+def poison(trainer: Trainer, kind: str, name: str) -> None:
+    """Makes a NaN of a number of the weight, or of all gradients of what it computes."""
+    if kind == "weight":
+        trainer.model.get_parameter(name).data.view(-1)[0] = torch.nan
+        return
+    module = trainer.model.get_submodule(name.rpartition(".")[0])
+
+    def spoil(_: object, __: object, result: Tensor) -> None:
+        if result.requires_grad:
+            result.register_hook(lambda grad: grad * torch.nan)
+
+    module.register_forward_hook(spoil)
+
+
+def accused(rank: int, world: int, config: Config, cases: list[tuple[str, str]]) -> list[str]:
+    """What is said where the last rank is poisoned, in each case."""
+    groups, said = connect(mesh_of(config), Place(rank, world, CPU)), []
+    for case in cases:
+        trainer = trainer_of(config, groups)
+        if rank == world - 1:
+            poison(trainer, *case)
+        with pytest.raises(SharedError) as raised:
+            trainer.step()
+        said.append(str(raised.value))
+    return said
+
+
+CULPRITS = [
+    ("weight", "layers.0.attn.q_b.weight"),
+    ("weight", "layers.1.moe.experts.gate_up"),
+    ("gradient", "layers.0.mlp.down.weight"),
+    ("gradient", "layers.1.attn.o.weight"),
+]
+
+
+def assert_named(said: list[str], cases: list[tuple[str, str]]) -> None:
+    for message, (kind, name) in zip(said, cases, strict=True):
+        assert f"was to be quantised is the {kind} of {name}. Nothing was updated" in message
+
+
+def test_the_first_tensor_that_is_not_finite_is_named():
+    assert_named(accused(0, 1, tiny_config(precision=FP8), CULPRITS), CULPRITS)
+
+
+def test_without_fp8_nobody_is_named():
+    assert "must be finite. Nothing was updated" in accused(0, 1, TINY, CULPRITS[:1])[0]
+
+
+def test_the_culprit_may_be_on_another_rank():
+    """What it sends others breaks their tensors, too, only later in the step."""
+    config = replace(tiny_config(precision=FP8), mesh=MeshConfig(ep=2))
+    for said in spawn(accused, 2, config, CULPRITS[1:]):
+        assert_named(said, CULPRITS[1:])
+
+
+def test_the_culprit_may_be_between_two_stages_of_a_rank():
+    """The first and the last stage are on one rank, the two between them on the other."""
+    schedule, train = {"pipeline": "zb_v", "chunks": 2}, {"micro_batch": 2}
+    config = tiny_config(model={"num_layers": 5}, precision=FP8, schedule=schedule, train=train)
+    cases = [("weight", "layers.2.moe.experts.down"), ("gradient", "layers.2.attn.kv_b.weight")]
+    for said in spawn(accused, 2, replace(config, mesh=MeshConfig(pp=2)), cases):
+        assert_named(said, cases)
 
 
 def test_a_resumed_run_is_bitwise_the_same():
