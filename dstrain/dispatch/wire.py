@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from dstrain.errors import ConfigError
 from dstrain.plan.traffic import ROW_ALIGNMENT, row_bytes
 from dstrain.precision.formats import E4M3, TILE, scale_exponents
+from dstrain.precision.rounding import e4m3_values
 
 NAMES = ("float32", "bfloat16", "fp8", "mxfp8", "fp4", "logfmt8", "logfmt10")
 # Values decoded at a time; on a CPU a block stays in the cache, too.
@@ -123,7 +124,7 @@ class Fp8(_Quantised):
 
     def _values(self, bytes_RB: Tensor, hidden: int) -> Tensor:
         values_RD, scale_RS = self.unpack(bytes_RB, hidden)
-        return _unscaled(_e4m3_values(values_RD.view(torch.uint8)), scale_RS, self.tile)
+        return _unscaled(e4m3_values(values_RD), scale_RS, self.tile)
 
 
 class MxFp8(Fp8):
@@ -283,19 +284,6 @@ def _unscaled(values_RD: Tensor, scale_RS: Tensor, tile: int) -> Tensor:
     if whole * tile < hidden:
         values_RD[:, whole * tile :].mul_(scale_RS[:, whole:])
     return values_RD
-
-
-def _e4m3_values(bytes_RD: Tensor) -> Tensor:
-    """E4M3 bytes as FP32.
-
-    torch's own cast goes byte by byte on CPU, so there the bits are moved to where FP16 has sign, exponent and
-    fraction: the same number times 2^-8, subnormal ones included. Bytes that mean NaN become 480; the scale of their
-    tile is NaN.
-    """
-    if bytes_RD.device.type != "cpu":
-        return bytes_RD.view(torch.float8_e4m3fn).float()
-    bits = bytes_RD.view(torch.int8).to(torch.int16)  # the sign in bits 7 to 15
-    return bits.mul_(128).bitwise_and_(~(1 << 14)).view(torch.float16).float().mul_(256.0)
 
 
 def _e2m1_bytes(scaled_RD: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class Attention(nn.Module):
         return causal_attention(q, k, v, self.scale).transpose(1, 2).flatten(-2)
 
     def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-        x_BTD = self.kv_a.prepared(x_BTD)
+        x_BTD = self.kv_a.prepared(x_BTD, self.q_a if hasattr(self, "q_a") else self.q)
         latent, k_rope = self.compress(x_BTD, cos_TR, sin_TR)
         latents = self.query_latent(x_BTD), self.kv_b.prepared(latent)
         return self.o(self.attend(*latents, k_rope, cos_TR, sin_TR))

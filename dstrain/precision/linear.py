@@ -90,9 +90,12 @@ class Linear(nn.Linear):
             return linear(x, self.weight, shared=self.shared)
         return product(x, self.weight, None, self.products["weight"], used(self.weight, shared=self.shared))
 
-    def prepared(self, x: Tensor) -> Tensor:
-        """For this and for other layers like it, which then have no need to quantise `x` each for itself."""
-        return x if self.products is None else quantized(x, self.products["weight"])
+    def prepared(self, x: Tensor, *others: "Linear") -> Tensor:
+        """For this layer and for `others`, which then have no need to quantise `x` each for itself; as it is, if one of
+        them takes it so."""
+        if self.products is None or any(layer.products is None for layer in others):
+            return x
+        return quantized(x, self.products["weight"])
 
 
 class GatedLinear(Linear):
