@@ -14,8 +14,12 @@ help: ## Say what there is
 demo: .venv/.core ## Train a small model with 2 processes on Python's own sources, then let it write
 	@scripts/demo.sh
 
+# What measures no time and shares no network runs two at a time.
+BESIDE := $(addprefix tests/,checkpoint config data inference mesh model parallel plan precision schedule)
+
 test: .venv/.dev ## Run all tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile $(BESIDE)
+	$(BIN)/pytest $(addprefix --ignore=,$(BESIDE))
 
 check: .venv/.dev ## Lint, formatting, types, the rules of the tree, and what kernels take of every GPU
 	$(BIN)/ruff check

@@ -44,6 +44,7 @@ REPORT = StepReport(
     ],
     moved=None,
     order="1 of 1 micro-batches in flight",
+    rounding={"gradient_underflow": 0.125},
     stop=False,
 )
 
@@ -73,6 +74,10 @@ def test_figures_of_the_run():
         "comm_grad_exposed_ms": 12.0,
         "memory_gib": 0.75,
     }
+
+
+def test_figures_of_quantising():
+    assert step_record(REPORT, CONFIG, world=4)["fp8/gradient_underflow"] == 0.125
 
 
 def test_figures_of_the_layers():
