@@ -1,6 +1,6 @@
 """The rules of a precision: what its dtypes may be, and which of them need one another."""
 
-from dstrain.config.rules import need, one_of
+from dstrain.config.rules import at_least, need, one_of
 from dstrain.config.schema import Config
 from dstrain.errors import ConfigError
 
@@ -11,8 +11,22 @@ def check_precision(config: Config) -> None:
     """Raises ConfigError. engine.name has been checked."""
     one_of(config, "precision.compute_dtype", *DTYPES)
     one_of(config, "precision.grad_wire_dtype", *DTYPES)
+    at_least(config, 0, "precision.watch_every_steps")
+    _check_products(config)
     _check_moments(config)
     _check_gather(config)
+
+
+def _check_products(config: Config) -> None:
+    """precision.backend is left to those who know the machine."""
+    one_of(config, "precision.products", "compute", "fp8", "mxfp8")
+    one_of(config, "precision.scales", "power_of_two", "plain")
+    one_of(config, "precision.gradient_tiles", "rows", "blocks")
+    if config.precision.products == "mxfp8":
+        rule, cure = "mxfp8 has a power-of-two scale for 1x32 values, no others", "Leave it out, or set precision=fp8."
+        for name, only in (("scales", "power_of_two"), ("gradient_tiles", "rows")):
+            value = getattr(config.precision, name)
+            need(value == only, (f"precision.{name}", value), rule, cure)
 
 
 def _check_moments(config: Config) -> None:
