@@ -215,8 +215,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Master weights, gradient accumulation, router, norms, embedding, head and the core of attention keep their
-    precision whatever is set here."""
+    """Dtypes, and products in FP8; router, norms, embedding, head and the core of attention never compute in FP8."""
 
     # Dtype of parameters and activations in the forward and backward pass: float32 | bfloat16
     compute_dtype: str = "bfloat16"
@@ -236,8 +235,8 @@ class PrecisionConfig:
     exclude: tuple[str, ...] = ()
     # Tiles of activation gradients: rows (1x128) | blocks (128x128, which diverged in DeepSeek-V3 appendix B.2)
     gradient_tiles: str = "rows"
-    # What ranks gather of such parameters after an update: compute (in compute_dtype) | fp8 (half the bytes; needs
-    # products=fp8, scales=power_of_two, engine.name=torch) | auto (fp8 where it can be, otherwise compute)
+    # What ranks gather of the weights of such products after an update: compute (in compute_dtype) | fp8 (half the
+    # bytes; needs products=fp8, scales=power_of_two, engine.name=torch) | auto (fp8 where it can be, otherwise compute)
     gather: str = "compute"
     # Steps between records of amax and of what is lost by underflow and overflow; 0: none.
     watch_every_steps: int = 0
