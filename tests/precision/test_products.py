@@ -291,6 +291,22 @@ def test_chunks_add_their_weight_gradients_in_fp32():
     assert torch.equal(weight.grad, expected)
 
 
+def test_chunks_take_what_arrives_quantised_as_it_is():
+    counts, chunk, each = (140, 0, 116), 128, products(PLAIN)
+    x8, grad8, weight = coarse(random(256, M)), coarse(random(256, M, seed=1)), weight_of(counts, M)
+    x = QuantizedTensor(x8.values, x8.scale, torch.float32).requires_grad_()
+    grad = QuantizedTensor(grad8.values, grad8.scale, torch.float32)
+
+    def compute(x: Tensor, _: Tensor | None, ends_E: Tensor) -> Tensor:
+        return product(x, weight, ends_E, each, None)
+
+    y = chunked(compute, (weight,), x, None, ends(counts), chunk)
+    ArrivesAs.apply(y, grad).sum().backward()
+    weight8 = quantised_weight(weight, PLAIN)
+    assert near(y, multiplied(dequantize_rows(x8), weight8.mT, counts), NEAR[torch.float32])
+    assert near(x.grad, multiplied(dequantize_rows(grad8), weight8, counts), NEAR[torch.float32])
+
+
 class Counting(Reference):
     """Counts how often it quantises a weight."""
 
