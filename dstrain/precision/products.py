@@ -22,6 +22,7 @@ from dstrain.precision.backend import Backend, Kept, Operand
 from dstrain.precision.formats import E4M3, Format
 from dstrain.precision.quantize import Quantized
 from dstrain.precision.rows import take_rows
+from dstrain.precision.swiglu import swiglu
 from dstrain.precision.tensor import Origin, QuantizedTensor
 from dstrain.precision.watch import Watch
 from dstrain.precision.weight_gradients import WeightGradients
@@ -187,6 +188,9 @@ class _Gated(torch.autograd.Function):
         products.look("swiglu", matrix)
         ctx.weight, ctx.products, ctx.gradients, ctx.shape = weight, products, gradients, gate_up.shape
         ctx.kept = _Kept(ctx, backend.keep(matrix, E4M3), weight_R, ends_E)
+        if products.watch.is_on:
+            # What a fused kernel quantises, nobody else sees; outliers are largest there.
+            products.look("activation", swiglu(matrix, weight_R))
         operand = backend.gated(matrix, weight_R)
         return _as_rows_of(gate_up, backend.forward(operand, products.weight(weight), ends_E))
 

@@ -32,6 +32,10 @@ class Watch:
         self.broken: list[tuple[str, str]] | None = None
         self._counts = False
 
+    @property
+    def is_on(self) -> bool:
+        return self._counts or self.broken is not None
+
     @contextmanager
     def counting(self) -> Iterator[None]:
         """From zero."""
@@ -54,7 +58,7 @@ class Watch:
 
     def look(self, kind: str, name: str, x: Tensor | Quantized, scheme: Scheme) -> None:
         """At a matrix, or for "weight" a stack of them, that is about to be quantised or has arrived so."""
-        if not (self._counts or self.broken is not None) or _size(x) == 0:
+        if not self.is_on or _size(x) == 0:
             return
         kept, scale = _kept(kind, x, scheme)
         if self.broken is not None and scale.isnan().any():

@@ -28,7 +28,7 @@ from dstrain.precision.quantize import (
 from dstrain.precision.reference import Reference
 from dstrain.precision.swiglu import swiglu_reference
 from dstrain.precision.tensor import QuantizedTensor
-from dstrain.precision.watch import Watch
+from dstrain.precision.watch import CLASSES, Watch
 from dstrain.precision.weight_gradients import Job, WeightGradients, used
 
 M, K, F = 24, 296, 136
@@ -230,6 +230,20 @@ def test_what_several_share_is_quantised_and_counted_once():
     (y + 2 * z).sum().backward()
     (expected,) = torch.autograd.grad(3 * alone.sum(), x)
     assert torch.allclose(x.grad, expected, rtol=1e-5)
+
+
+def test_what_swiglu_makes_is_looked_at_too():
+    watch, gate_up, weight = Watch(CPU), random(160, 2 * F) / 8, weight_of(None, F)
+    with watch.counting():
+        gated(gate_up, None, weight, None, products(watch=watch), None)
+    inner = swiglu_reference(gate_up)
+    swiglu_row, activation_row = (watch.counts[CLASSES.index(kind)] for kind in ("swiglu", "activation"))
+    assert swiglu_row[:2].tolist() == [gate_up.abs().max().item(), gate_up.numel()]
+    assert activation_row[:2].tolist() == [inner.abs().max().item(), inner.numel()]
+    with watch.naming() as broken:
+        # Its square is beyond FP32.
+        gated(torch.full((1, 2 * F), 1e20), None, weight, None, products(watch=watch), None)
+    assert broken == [("activation", "w")]
 
 
 def twice(x: Tensor, gate_up: nn.Parameter, down: nn.Parameter, each: Products) -> Tensor:
