@@ -261,7 +261,10 @@ def check_generate(config: GenerateRoot) -> None:
 def check_export(config: ExportRoot) -> None:
     need_text(config, "run.dir", "the run to export")
     need_text(config, "out", "the directory to write")
-    one_of(config, "precision", "bfloat16", "float32", "fp8")
+    products, rule = config.precision.products, "Hugging Face files hold FP8 weights in blocks of 128x128"
+    need(products != "mxfp8", ("precision.products", products), rule, "Set precision=fp8, bf16 or fp32.")
+    one_of(config, "precision.products", "compute", "fp8")
+    one_of(config, "precision.compute_dtype", *DTYPES)
     above_zero(config, "shard_gib")
 
 

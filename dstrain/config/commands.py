@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from dstrain.config.schema import Config, DataConfig, RunConfig
+from dstrain.config.schema import Config, DataConfig, PrecisionConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ class ExportRoot:
     run: RunConfig = field(default_factory=RunConfig)
     out: str = ""
     step: int | None = None
-    # bfloat16 | float32 | fp8 (E4M3 with 128x128 block scales, `weight_scale_inv`)
-    precision: str = "bfloat16"
+    # Of the weights: precision=bf16 | fp32 | fp8 (E4M3 with 128x128 block scales, `weight_scale_inv`); of its keys
+    # only products and compute_dtype matter here.
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     # Largest size of one safetensors file in GiB.
     shard_gib: float = 4.0
 

@@ -246,7 +246,7 @@ class Trainer:
         main, mtp, balance, z, total = sums.parts_5.tolist()
         if not (isfinite(total) and isfinite(grad_norm)):
             raise SharedError(
-                f"step {self.progress.step + 1}: loss {total} and gradient norm {grad_norm} must be finite"
+                f"step {self.progress.step + 1}: loss {total:.6g} and gradient norm {grad_norm:.6g} must be finite"
                 f"{self._culprit(read)}. Nothing was updated; go on from the last checkpoint with a lower optim.lr or "
                 "a longer optim.warmup_steps."
             )

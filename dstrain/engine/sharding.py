@@ -152,7 +152,7 @@ def make_bucket(
     wide = torch.zeros(padded, dtype=torch.float32, device=device)
     for logical, start in zip(logicals, starts, strict=True):
         wide[start : start + logical.parameter.numel()] = logical.parameter.detach().flatten()
-    compute = wide.to(compute_dtype)
+    compute = wide.to(compute_dtype, copy=in_fp8)
     fp8 = None
     if in_fp8:
         stacks = stacks_of(starts, [x.parameter.shape for x in logicals])

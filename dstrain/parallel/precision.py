@@ -8,7 +8,6 @@ from collections.abc import Collection
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
 
 from dstrain.config.schema import PrecisionConfig
 from dstrain.dispatch.local import LocalDispatcher
@@ -29,8 +28,14 @@ def modules_in_fp8(model: Transformer, precision: PrecisionConfig) -> dict[str, 
     """By name; ConfigError for a pattern of precision.exclude that names none of those that could be among them."""
     if precision.exclude:
         _check_patterns(_able(_whole(model)), precision)
-    able = _able(model).items()
-    return {name: x for name, x in able if not any(fnmatchcase(name, pattern) for pattern in precision.exclude)}
+        if not _others(_able(_whole(model)), precision):
+            rule = f"nothing is left that computes in {precision.products}"
+            raise ConfigError("precision.exclude", list(precision.exclude), rule, "Set precision.products=compute.")
+    return _others(_able(model), precision)
+
+
+def _others(able: dict[str, Linear | Experts], precision: PrecisionConfig) -> dict[str, Linear | Experts]:
+    return {name: x for name, x in able.items() if not any(fnmatchcase(name, pattern) for pattern in precision.exclude)}
 
 
 def product_names(model: Transformer) -> list[str]:
@@ -67,7 +72,3 @@ def apply_products(model: Transformer, precision: PrecisionConfig, backend: Back
             parameter: Products(f"{name}.{parameter}", backend, watch, E5M6 if id(module) in outputs else E4M3)
             for parameter, _ in module.named_parameters(recurse=False)
         }
-
-
-def computes_in_fp8(module: nn.Module) -> bool:
-    return getattr(module, "products", None) is not None

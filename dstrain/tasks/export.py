@@ -32,7 +32,8 @@ def run(config: ExportRoot) -> None:
     eod = load_tokenizer(run_config.data.tokenizer).eod
     # A run that trained with such scales has them in its file.
     power_of_two = run_config.precision.products == "fp8" and run_config.precision.scales == "power_of_two"
-    fields = to_json(run_config.model, run_config.train.seq_len, eod, config.precision, power_of_two)
+    dtype = "fp8" if config.precision.products == "fp8" else config.precision.compute_dtype
+    fields = to_json(run_config.model, run_config.train.seq_len, eod, dtype, power_of_two)
     # Verifies every byte, once.
     checkpointer.load(step, {})
     tensors = logical_tensors(run_config.model)
@@ -45,9 +46,9 @@ def run(config: ExportRoot) -> None:
         progress = Console(stderr=True)
         for layer in track(layers, "exporting", console=progress, disable=not sys.stderr.isatty(), transient=True):
             for tensor, whole in zip(layer, _read(layer, checkpointer, step), strict=True):
-                _write(tensor, whole, writer, config.precision, power_of_two)
+                _write(tensor, whole, writer, dtype, power_of_two)
         writer.finish()
-    print(f"{config.out}: step {step} of {config.run.dir} as {fields['architectures'][0]}, {config.precision}")
+    print(f"{config.out}: step {step} of {config.run.dir} as {fields['architectures'][0]}, {dtype}")
 
 
 def _read(tensors: list[LogicalTensor], checkpointer: Checkpointer, step: int) -> list[Tensor]:

@@ -102,8 +102,8 @@ def print_precision(runs: Mapping[str, dict[str, Any]], config: VerifyRoot, mesh
     console.print(verify_precision.table(distances))
     breaches = from_bf16.breaches(config.verify.tolerance)
     console.print(f"{_layout_name(config, mesh)}, {runs['asked']['how']}:")
-    verdict = f"TOO FAR from BF16: {', '.join(breaches)}" if breaches else "agrees with BF16 as closely as it can"
-    console.print(f"{verdict} ({config.verify.steps} steps).")
+    verdict = f"TOO FAR from BF16: {', '.join(breaches)}" if breaches else "agrees with BF16"
+    console.print(f"{verdict} ({config.verify.steps} steps; {verify_precision.limits(config.verify.tolerance)}).")
     return bool(breaches)
 
 
@@ -201,7 +201,7 @@ def _layout(rank: int, config: VerifyRoot, mesh: Mesh, port: int, folder: Path) 
     trainer = Trainer(config, groups, model, make_engine(model, config, groups), batches(config), Progress())
     how = f"dispatch {choice.kind}, wire {choice.wire}"
     if config.precision.products != "compute":
-        how += f", products {choose_backend(config, groups.place.device).reason}"
+        how += f", products by {choose_backend(config, groups.place.device).reason}"
     _steps(trainer, folder, how)
     disconnect()
 

@@ -43,6 +43,12 @@ class Distance:
         return [f"{name} {error:.2g} > {limit:g}" for name, (error, limit) in limits.items() if not error <= limit]
 
 
+def limits(tolerance: float | None) -> str:
+    """In words."""
+    whole = WHOLE if tolerance is None else tolerance
+    return f"limits: loss {LOSS:.2%}, whole gradient {whole:g}, any gradient {TENSOR:g}"
+
+
 def distance(run: Mapping[str, Any], reference: Mapping[str, Any]) -> Distance:
     """Between two results of `verify.run_processes`; a tensor that one of them lacks is infinitely off."""
     ours, theirs = run["grads"], reference["grads"]

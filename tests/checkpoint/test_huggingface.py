@@ -20,7 +20,7 @@ from transformers.modeling_layers import MtpModel
 
 from dstrain.checkpoint.huggingface import logical_tensors
 from dstrain.config.commands import ExportRoot, ImportRoot
-from dstrain.config.schema import ModelConfig, MtpConfig, RunConfig
+from dstrain.config.schema import ModelConfig, MtpConfig, PrecisionConfig, RunConfig
 from dstrain.model.rope import rotation
 from dstrain.model.transformer import Transformer
 from dstrain.tasks import export, import_
@@ -39,7 +39,8 @@ def one_thread() -> Iterator[None]:
 
 def exported(tmp_path: Path, transformer: Transformer) -> Path:
     write_run(tmp_path / "run", transformer)
-    export.run(ExportRoot(run=RunConfig(str(tmp_path / "run")), out=str(tmp_path / "hf"), precision="float32"))
+    run, precision = RunConfig(str(tmp_path / "run")), PrecisionConfig("float32")
+    export.run(ExportRoot(run=run, out=str(tmp_path / "hf"), precision=precision))
     return tmp_path / "hf"
 
 

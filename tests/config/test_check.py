@@ -273,7 +273,7 @@ COMMANDS = [
     (check_generate, GenerateRoot(run=RUN), {"seed": 2**63}, "seed"),
     (check_export, ExportRoot(run=RUN, out="hf"), {"run__dir": ""}, "run.dir"),
     (check_export, ExportRoot(run=RUN, out="hf"), {"out": ""}, "out"),
-    (check_export, ExportRoot(run=RUN, out="hf"), {"precision": "fp4"}, "precision"),
+    (check_export, ExportRoot(run=RUN, out="hf"), {"precision__products": "mxfp8"}, "precision.products"),
     (check_export, ExportRoot(run=RUN, out="hf"), {"shard_gib": 0.0}, "shard_gib"),
     (check_import, ImportRoot(path="hf", run=RUN), {"path": ""}, "path"),
     (check_import, ImportRoot(path="hf", run=RUN), {"run__dir": ""}, "run.dir"),

@@ -186,3 +186,15 @@ def test_what_multiplies_in_fp8_has_buckets_of_its_own():
     assert {"embed", "head", "router", "attn_norm"} <= others
     wide = replace(FP8, precision=replace(FP8.precision, gather="compute"))
     assert not any(bucket.fp8 for bucket in ShardedEngine(build_model(wide, alone()), wide, alone()).buckets)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_master_weights_are_not_rounded(dtype: str):
+    config = tiny_config(precision={"products": "fp8", "compute_dtype": dtype, "gather": "fp8"})
+    model = build_model(config, alone())
+    initial = {x.name: x.parameter.detach().clone() for x in logical_parameters(model)}
+    state = ShardedEngine(model, config, alone()).state()
+    for name, weight in initial.items():
+        assert torch.equal(state[f"master/{name}"].local, weight.flatten()), name
+    rounded = dict(model.named_parameters())["layers.0.attn.o.weight"]
+    assert not torch.equal(rounded.float(), initial["layers.0.attn.o.weight"])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dstrain.config.commands import ExportRoot, ImportRoot
-from dstrain.config.load import read, save
+from dstrain.config.load import compose, read, save
 from dstrain.config.schema import PrecisionConfig, RunConfig
 from dstrain.errors import ConfigError, UserError
 from dstrain.precision.formats import FLOOR, Scaling
@@ -21,11 +21,16 @@ from tests.checkpoint.huggingface_cases import MODELS, V2, WITH_MTP, random_mode
 # The 576 rows of DeepSeek's kv_a, and an expert width that is no multiple of a block either.
 ODD = replace(WITH_MTP, hidden_size=200, kv_lora_rank=512, qk_rope_head_dim=64, moe_intermediate_size=192, num_layers=2)
 BIAS = "e_score_correction_bias"
+PRECISIONS = {
+    "bfloat16": PrecisionConfig(),
+    "float32": PrecisionConfig("float32"),
+    "fp8": PrecisionConfig(products="fp8"),
+}
 KEPT_IN_BF16 = ("norm", "embed", "head", "mlp.gate.weight", "eh_proj")
 
 
 def export_run(tmp_path: Path, dtype: str = "bfloat16", out: str = "hf", run: str = "run", **fields: float) -> Path:
-    config = ExportRoot(run=RunConfig(str(tmp_path / run)), out=str(tmp_path / out), precision=dtype)
+    config = ExportRoot(run=RunConfig(str(tmp_path / run)), out=str(tmp_path / out), precision=PRECISIONS[dtype])
     export.run(replace(config, **fields))
     return tmp_path / out
 
@@ -50,6 +55,16 @@ def test_bf16_is_the_rounded_master_and_biases_stay_fp32(tmp_path: Path) -> None
     assert torch.equal(tensors["model.layers.1.mlp.experts.5.gate_proj.weight"], gate.bfloat16())
     assert torch.equal(tensors[f"model.layers.4.mlp.gate.{BIAS}"], state["mtp.1.layer.moe.router.bias"])
     assert torch.equal(tensors["model.layers.4.shared_head.head.weight"], state["head.weight"].bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("choice", "dtype"), [("fp8", torch.float8_e4m3fn), ("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_the_command_takes_a_precision(tmp_path: Path, choice: str, dtype: torch.dtype) -> None:
+    write_run(tmp_path / "run", random_model(MODELS["v3"]))
+    out = tmp_path / "hf"
+    export.run(compose("export", [f"run.dir={tmp_path / 'run'}", f"out={out}", f"precision={choice}"]))
+    assert stored(out)["model.layers.0.self_attn.o_proj.weight"].dtype == dtype
 
 
 def by_definition(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

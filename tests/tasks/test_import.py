@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from dstrain.checkpoint.save import Checkpointer
 from dstrain.config.commands import ExportRoot, ImportRoot
 from dstrain.config.load import read
-from dstrain.config.schema import MtpConfig, RunConfig
+from dstrain.config.schema import MtpConfig, PrecisionConfig, RunConfig
 from dstrain.engine.state import FlatShard
 from dstrain.errors import ConfigError, UserError
 from dstrain.tasks import export, import_
@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def export_to(out: Path, run: Path, dtype: str = "bfloat16") -> Path:
-    export.run(ExportRoot(run=RunConfig(str(run)), out=str(out), precision=dtype))
+    export.run(ExportRoot(run=RunConfig(str(run)), out=str(out), precision=PrecisionConfig(dtype)))
     return out
 
 

@@ -58,4 +58,4 @@ def test_verify_compares_fp8_with_bf16_and_fp32(capsys: pytest.CaptureFixture):
     verify.run(load.compose("verify", ["precision=fp8", "verify.steps=1", "train.sequences=4", "mesh.ep=2"]))
     said = " ".join(capsys.readouterr().out.split())
     assert all(part in said for part in ("FP8 from BF16", "FP8 from FP32", "BF16 from FP32", "agrees with BF16"))
-    assert "wire fp8, products reference: on a CPU" in said
+    assert "wire fp8, products by reference: on a CPU" in said
