@@ -25,7 +25,8 @@ RECIPES = {
     # How far apart runs drift by rounding alone.
     "fp32": ("precision=fp32",),
     "fp8": FP8,
-    "fp8, gradients in blocks": (*FP8, "precision.gradient_tiles=blocks"),
+    # Over a wire in FP8 the gradients of the experts' outputs would arrive in tiles, quantised.
+    "fp8, gradients in blocks": (*FP8, "precision.gradient_tiles=blocks", "dispatch.wire=bfloat16"),
     "fp8, plain scales": (*FP8, "precision.scales=plain"),
 }
 MODEL = (

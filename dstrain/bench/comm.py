@@ -20,6 +20,7 @@ from dstrain.comm.collectives import Peers, all_reduce_max, all_reduce_sum
 from dstrain.comm.flat import FlatCollectives
 from dstrain.comm.probe import Speed, measure, slowest_s
 from dstrain.comm.trace import CommTotals
+from dstrain.config.precision import gathers_fp8
 from dstrain.config.schema import Config
 from dstrain.dispatch.choose import Task, make_dispatcher
 from dstrain.dispatch.contract import Arrived, Route
@@ -138,7 +139,9 @@ class _Bucket:
         self._wire: torch.dtype = getattr(torch, config.precision.grad_wire_dtype)
         device = peers.trace.device
         self._grad = torch.zeros(elements, device=device)
-        self._compute = torch.zeros(elements, dtype=getattr(torch, config.precision.compute_dtype), device=device)
+        # Weights in FP8 are bytes; their scales are too few to count.
+        dtype = torch.uint8 if gathers_fp8(config) else getattr(torch, config.precision.compute_dtype)
+        self._compute = torch.zeros(elements, dtype=dtype, device=device)
 
     def reduce(self) -> None:
         self._flat.reduce_scatter(self._grad, self._peers, self._wire, "grad").wait()

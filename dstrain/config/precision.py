@@ -5,6 +5,8 @@ from dstrain.config.schema import Config
 from dstrain.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16")
+# Which of them can is known where the machine is (precision/backends/choose.py).
+BACKENDS = ("auto", "reference", "bf16", "triton", "scaled_mm", "deepgemm", "mxfp8")
 
 
 def check_precision(config: Config) -> None:
@@ -18,8 +20,8 @@ def check_precision(config: Config) -> None:
 
 
 def _check_products(config: Config) -> None:
-    """precision.backend is left to those who know the machine."""
     one_of(config, "precision.products", "compute", "fp8", "mxfp8")
+    one_of(config, "precision.backend", *BACKENDS)
     one_of(config, "precision.scales", "power_of_two", "plain")
     one_of(config, "precision.gradient_tiles", "rows", "blocks")
     if config.precision.products == "mxfp8":

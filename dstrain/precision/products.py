@@ -133,10 +133,15 @@ class _Kept:
         self.like: Kept = replace(kept, values=None, scale=None)  # type: ignore[arg-type]
         ctx.save_for_backward(kept.values, kept.scale, row_N, *others)
 
-    def load(self, ctx: Any) -> tuple[Kept, Any]:
+    def load(self, ctx: Any) -> tuple[Callable[[], Kept], Any]:
+        """How to get the activation, all of whose rows are there only then; and the others."""
         values, scale, row_N, *others = ctx.saved_tensors
         kept = replace(self.like, values=values, scale=scale)
-        return take_rows(kept, row_N) if isinstance(kept, Quantized) and row_N is not None else kept, others
+
+        def rows() -> Kept:
+            return take_rows(kept, row_N) if isinstance(kept, Quantized) and row_N is not None else kept
+
+        return rows, others
 
 
 class _Product(torch.autograd.Function):
@@ -145,7 +150,7 @@ class _Product(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, ends_E: Tensor | None, products: Products, gradients: Any
     ) -> Tensor:
         backend, matrix = products.backend, _matrix(x.detach(), products.backend.scheme.tile)
-        if not isinstance(x, QuantizedTensor):
+        if not isinstance(x, QuantizedTensor) or products.watch.broken is not None:
             products.look("activation", matrix)
         kept: Kept
         operand, kept = backend.activation(matrix)
@@ -168,7 +173,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = backend.input_gradient(rows, products.weight(ctx.weight), ends_E).view(ctx.shape)
         grad_weight = _weight_gradient(
-            ctx, 1, lambda: backend.weight_gradient(columns, backend.columns(kept, ends_E), ends_E)
+            ctx, 1, lambda: backend.weight_gradient(columns, backend.columns(kept(), ends_E), ends_E)
         )
         return grad_x, grad_weight, None, None, None
 
@@ -201,7 +206,7 @@ class _Gated(torch.autograd.Function):
         backend = products.backend
         rows, columns = _gradient(grad, products, ends_E)
         grad_inner = backend.input_gradient(rows, products.weight(ctx.weight), ends_E)
-        grad_gate_up, grad_weight_R, inner = backend.gated_back(kept, weight_R, grad_inner, ends_E)
+        grad_gate_up, grad_weight_R, inner = backend.gated_back(kept(), weight_R, grad_inner, ends_E)
         grad_weight = _weight_gradient(ctx, 2, lambda: backend.weight_gradient(columns, inner, ends_E))
         return grad_gate_up.view(ctx.shape), grad_weight_R, grad_weight, None, None, None
 

@@ -5,7 +5,8 @@
 
 for each class of tensor: "activation", "swiglu" (cached inputs of SwiGLU), "attention" (cached in E5M6), "weight",
 "gradient". Looking costs a second quantisation, so it is done on some steps only; scales are found in the tensors
-themselves, so any overflow says that a tensor holds NaN or infinity.
+themselves, so any overflow says that a tensor holds NaN or infinity. What comes quantised has lost its digits before:
+gradients that arrive in FP8, and weights that are gathered so, of which none vanishes here.
 """
 
 from collections.abc import Iterator

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dstrain.config.precision import BACKENDS as NAMES
 from dstrain.config.schema import Config, ModelConfig, PrecisionConfig
 from dstrain.errors import ConfigError
 from dstrain.precision.backends.choose import BACKENDS, Machine, choose, decide, make_backend
@@ -161,7 +162,6 @@ def test_what_is_asked_for_is_taken(name: str):
         (config("triton", gradient_tiles="blocks"), H100, "it needs precision.gradient_tiles=rows"),
         (config("triton", "mxfp8"), B200, "it needs precision.products=fp8, and here is precision.products=mxfp8."),
         (config("mxfp8"), B200, "it needs precision.products=mxfp8, and here is precision.products=fp8."),
-        (config("cutlass"), H100, "there is no such choice. Choose one of auto, reference, deepgemm"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -191,3 +191,7 @@ def test_a_backend_is_made_by_its_name(name: str):
     assert backend.name == name
     assert backend.dtype is torch.bfloat16
     assert (backend.scheme.tile, backend.scheme.power_of_two) == ((32, True) if name == "mxfp8" else (128, False))
+
+
+def test_every_name_that_a_config_may_have_is_known():
+    assert set(NAMES) == {"auto", "reference", *BACKENDS}
