@@ -14,7 +14,7 @@ Shapes: R rows, K in, M out, F inner width of a SwiGLU, E experts.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,15 @@ Operand = Any
 # Of an activation, until the backward pass.
 Kept = Quantized | Packed
 MXFP8_TILE = 32
+Side = TypeVar("Side")
+
+
+@dataclass(frozen=True)
+class Sides(Generic[Side]):
+    """A weight as the sums over its inputs, K, and over its outputs, M, want it."""
+
+    over_in: Side
+    over_out: Side
 
 
 @dataclass(frozen=True)

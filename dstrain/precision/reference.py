@@ -7,26 +7,20 @@ Shapes: R rows, K in, M out, E experts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dstrain.precision import e5m6
-from dstrain.precision.backend import Backend, Kept
+from dstrain.precision.backend import Backend, Kept, Sides
 from dstrain.precision.e5m6 import Packed
 from dstrain.precision.formats import E5M6, Format
 from dstrain.precision.quantize import Quantized
 from dstrain.precision.rounding import decode_rows, encode_rows, round_blocks, round_columns, round_rows
 
-
-@dataclass(frozen=True)
-class Weight:
-    """Rounded for the products over K and over M: the same tensor where both have the same tiles."""
-
-    over_in: Tensor
-    over_out: Tensor
+# Rounded: the same tensor where both sides have the same tiles.
+Weight = Sides[Tensor]
 
 
 class Reference(Backend):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.functional import ScalingType, SwizzleType
 
-from dstrain.precision.backend import Operand
+from dstrain.precision.backend import Operand, Sides
 from dstrain.precision.backends.gpu import GpuBackend
 from dstrain.precision.backends.layout import by_expert, padded_ends, padded_places, placed, swizzled
 from dstrain.precision.formats import TILE
@@ -33,12 +33,8 @@ class Side:
     scale: Tensor
 
 
-@dataclass(frozen=True)
-class Weight:
-    """In tiles along K, [.., M, K], and along M, [.., K, M]."""
-
-    over_in: Side
-    over_out: Side
+# In tiles along K, [.., M, K], and along M, [.., K, M].
+Weight = Sides[Side]
 
 
 class Mxfp8Backend(GpuBackend):

@@ -1,10 +1,8 @@
 """FP8 products in Triton, for every GPU with FP8 tensor cores: L40S, H100, B200, RTX 4090 and 5090."""
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from dstrain.precision.backend import Kept, Operand
+from dstrain.precision.backend import Kept, Operand, Sides
 from dstrain.precision.backends.gpu import GpuBackend
 from dstrain.precision.kernels.gemm import multiply_rows
 from dstrain.precision.kernels.gemm_columns import multiply_columns
@@ -12,13 +10,8 @@ from dstrain.precision.kernels.quantize import quantize_blocks_both
 from dstrain.precision.kernels.swiglu import swiglu_rows, swiglu_rows_back
 from dstrain.precision.quantize import Quantized
 
-
-@dataclass(frozen=True)
-class Weight:
-    """In blocks, and turned: tensor cores want both sides of an FP8 product along the dimension of the sum."""
-
-    over_in: Quantized
-    over_out: Quantized
+# In blocks, and turned: tensor cores want both sides of an FP8 product along the dimension of the sum.
+Weight = Sides[Quantized]
 
 
 class TritonBackend(GpuBackend):
