@@ -7,6 +7,7 @@ What a user can mend is printed as one message and ends with status 2; anything 
 
 import atexit
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -101,6 +102,12 @@ def status_of(arguments: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if "--help" not in arguments:
+            raise
+        # A reader such as `head` has seen enough; at the end, nothing must be flushed to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except SystemExit as left:
         return int(left.code or 0)
     return 0

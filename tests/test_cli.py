@@ -93,6 +93,17 @@ def test_help_of_the_other_commands(line, command: str):
     assert out.startswith(f"dstrain {command} ")
 
 
+def test_a_reader_of_the_help_may_stop(tmp_path: Path):
+    command = [sys.executable, "-m", "dstrain", "train", "--help"]
+    # Python's own buffer would hide that nobody reads on.
+    environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": "1"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_flags_of_hydra(line):
     status, out, _ = line("train", "+experiment=tiny_cpu", "train.seed=5", "--cfg", "job", "-p", "train")
     assert status == 0
