@@ -28,6 +28,7 @@ RECIPES = {
     # Over a wire in FP8 the gradients of the experts' outputs would arrive in tiles, quantised.
     "fp8, gradients in blocks": (*FP8, "precision.gradient_tiles=blocks", "dispatch.wire=bfloat16"),
     "fp8, plain scales": (*FP8, "precision.scales=plain"),
+    "fp8, attention in bf16": (*FP8, 'precision.exclude=["*.attn.*"]'),
 }
 MODEL = (
     "+experiment=tiny_cpu",
