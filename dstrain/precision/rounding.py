@@ -3,7 +3,7 @@
 Values equal those of precision/quantize.py bit by bit. FP32 copies are made of a few rows at a time, so that every pass
 over them finds them in the cache. Rounding adds a number whose last place is that of the result, and takes it away.
 
-Shapes: R rows, K columns, S tiles of a row, V values of a tile, G tiles of rows.
+Shapes: R rows, K columns, S tiles of a row, V values of a tile.
 """
 
 from collections.abc import Callable, Iterator, Sequence

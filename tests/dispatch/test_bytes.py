@@ -58,5 +58,6 @@ def test_rows_out_take_half_of_the_bytes(wire: str, most: float):
     for found in spawn(shares, 4, wire, 1024):
         assert list(found) == list(TRANSPORTS[4])
         for transport, (out, home) in found.items():
+            print(f"{wire}, {transport}: {out:.4f} of BF16's bytes out, {home:.4f} home")
             assert 0.5 < out <= most, transport
             assert home == 1, transport

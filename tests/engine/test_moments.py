@@ -9,19 +9,16 @@ import torch
 from torch import Tensor
 from torchao.optim.quant_utils import quantize_8bit_with_qmap
 
-from dstrain.config.schema import Config, MeshConfig
 from dstrain.engine import moments
-from dstrain.engine.loop import Trainer
 from dstrain.engine.moments import BLOCK, VERSION, EightBit
 from dstrain.engine.optimizer import AdamShard
-from dstrain.engine.sharding import ShardedEngine
 from dstrain.engine.state import Progress
 from dstrain.errors import ConfigError
 from dstrain.mesh.axes import Mesh
-from dstrain.mesh.groups import Groups, Place, connect
-from dstrain.parallel.apply import build_model
+from dstrain.mesh.groups import Place, connect
+from tests.engine.test_loop import trainer_of
 from tests.gloo.spawn import spawn
-from tests.tiny import CPU, alone, samples, tiny_config, whole
+from tests.tiny import CPU, alone, tiny_config, whole
 
 
 def written(x: Tensor, *, signed: bool) -> EightBit:
@@ -108,14 +105,6 @@ def test_needs_torchao(monkeypatch: pytest.MonkeyPatch, version, reason: str):
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 INT8 = tiny_config(precision={"moments_dtype": "int8"}, engine={"bucket_mib": 0.02}, optim={"lr": 3e-3})
-
-
-def trainer_of(config: Config, groups: Groups) -> Trainer:
-    mesh = groups.mesh
-    config = replace(config, mesh=MeshConfig(mesh.pp, mesh.ep, mesh.dp))
-    model = build_model(config, groups)
-    engine = ShardedEngine(model, config, groups)
-    return Trainer(config, groups, model, engine, lambda first, count: samples(config, first, count), Progress())
 
 
 def half(rank: int, world: int, mesh: Mesh) -> tuple[dict[str, Tensor], list[float], dict[str, Tensor]]:
