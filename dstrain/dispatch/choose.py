@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from dstrain.comm.probe import Speed, measure
-from dstrain.config.schema import Config, HardwareConfig
+from dstrain.config.hardware import HardwareConfig
+from dstrain.config.schema import Config
 from dstrain.dispatch.alltoall import AllToAllDispatcher
 from dstrain.dispatch.contract import Dispatcher
 from dstrain.dispatch.hierarchical import HierarchicalDispatcher

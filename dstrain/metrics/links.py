@@ -12,7 +12,7 @@ import torch
 
 from dstrain.comm.collectives import all_reduce_sum
 from dstrain.comm.trace import STAGES, CommTotals, Transfer, busy
-from dstrain.config.schema import HardwareConfig
+from dstrain.config.hardware import HardwareConfig
 from dstrain.mesh.groups import Groups
 from dstrain.mesh.topology import Link
 

@@ -20,7 +20,7 @@ from dstrain.comm.agreement import on_first
 from dstrain.comm.failure import blaming, unless_broken
 from dstrain.comm.probe import Speed
 from dstrain.config.bench import CommRoot
-from dstrain.config.schema import HardwareConfig
+from dstrain.config.hardware import HardwareConfig
 from dstrain.errors import UserError
 from dstrain.mesh.groups import Groups, Place, connect, disconnect, mesh_of
 from dstrain.mesh.topology import Link

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dstrain.config.schema import Config, HardwareConfig, MeshConfig
+from dstrain.config.hardware import HardwareConfig
+from dstrain.config.schema import Config, MeshConfig
 from dstrain.engine.dryrun import RankRun, run_rank
 from dstrain.engine.loop import Trainer
 from dstrain.engine.sharding import ShardedEngine

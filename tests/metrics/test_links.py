@@ -8,7 +8,7 @@ import torch
 
 from dstrain.comm.flat import FlatCollectives
 from dstrain.comm.trace import Label, Transfer
-from dstrain.config.schema import HardwareConfig
+from dstrain.config.hardware import HardwareConfig
 from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import Place, connect
 from dstrain.mesh.topology import Link

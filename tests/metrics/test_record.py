@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dstrain.comm.trace import CommTotals
-from dstrain.config.schema import HardwareConfig, MetricsConfig
+from dstrain.config.hardware import HardwareConfig
+from dstrain.config.schema import MetricsConfig
 from dstrain.engine.loop import LayerLoad, StepReport
 from dstrain.engine.placement import Moved
 from dstrain.engine.state import Progress
