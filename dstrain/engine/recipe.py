@@ -37,7 +37,7 @@ def learning_rate(config: Config, step: int, tokens: int) -> float:
         return optim.lr * (step + 1) / optim.warmup_steps
     begin, rate = 0, optim.lr
     for phase in optim.phases:
-        length = phase.tokens or max(_total_tokens(config) - begin, 1)
+        length = phase.tokens or max(_total_tokens(config.train) - begin, 1)
         if tokens < begin + length:
             return _within(phase, rate, (tokens - begin) / length)
         begin, rate = begin + length, phase.lr_end
@@ -52,14 +52,22 @@ def _within(phase: LrPhase, start: float, share: float) -> float:
     return phase.lr_end + (start - phase.lr_end) * (1 + math.cos(math.pi * share)) / 2
 
 
-def _total_tokens(config: Config) -> int:
-    """Tokens of the whole run; the steps of a ramp are walked, since each has its own size."""
-    train, tokens = config.train, 0
-    for step in range(train.steps):
-        if tokens >= train.ramp.tokens:
-            return tokens + (train.steps - step) * full_batch(train) * train.seq_len
-        tokens += batch_sequences(train, tokens) * train.seq_len
-    return tokens
+def steps_by_batch(train: TrainConfig) -> dict[int, int]:
+    """Steps of the whole run by the sequences of their batches; those of a ramp are walked, since each has its own."""
+    steps: dict[int, int] = {}
+    tokens, made = 0, 0
+    while made < train.steps and tokens < train.ramp.tokens:
+        sequences = batch_sequences(train, tokens)
+        steps[sequences] = steps.get(sequences, 0) + 1
+        tokens, made = tokens + sequences * train.seq_len, made + 1
+    full = full_batch(train)
+    if made < train.steps:
+        steps[full] = steps.get(full, 0) + train.steps - made
+    return steps
+
+
+def _total_tokens(train: TrainConfig) -> int:
+    return sum(sequences * steps for sequences, steps in steps_by_batch(train).items()) * train.seq_len
 
 
 def mtp_loss_weight(config: Config, tokens: int) -> float:

@@ -8,7 +8,14 @@ import pytest
 import yaml
 
 from dstrain.config.schema import Config, LrPhase, MtpConfig, OptimConfig, RampConfig, RecipeChange, TrainConfig
-from dstrain.engine.recipe import batch_sequences, bias_update_rate, full_batch, learning_rate, mtp_loss_weight
+from dstrain.engine.recipe import (
+    batch_sequences,
+    bias_update_rate,
+    full_batch,
+    learning_rate,
+    mtp_loss_weight,
+    steps_by_batch,
+)
 from tests.tiny import tiny_config
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -122,6 +129,15 @@ def test_linear_to_the_end_of_the_run():
 def test_cosine_to_the_end_of_the_run():
     expected = [0.5, 1.0] + [(1 + math.cos(math.pi * n / 8)) / 2 for n in range(2, 8)]
     assert rates("cosine", 0.0) == pytest.approx(expected)
+
+
+def test_steps_by_batch():
+    train = TrainConfig(steps=9, seq_len=10, sequences=6, ramp=RampConfig(100, 2, 2))
+    # Two stretches of 50 tokens: 20, 40, 60 trained; 100, 140; then the whole batch.
+    assert steps_by_batch(train) == {2: 3, 4: 1, 6: 5}
+    assert steps_by_batch(replace(train, steps=2)) == {2: 2}
+    assert steps_by_batch(replace(train, ramp=RampConfig())) == {6: 9}
+    assert steps_by_batch(replace(train, steps=0)) == {}
 
 
 def test_the_end_of_a_run_with_a_ramp_is_the_sum_of_its_steps():
