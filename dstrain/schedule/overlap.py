@@ -28,18 +28,21 @@ WORKS = {Kind.BACKWARD: (Pass.BACKWARD, Pass.WEIGHT), Kind.INPUT: (Pass.BACKWARD
 def expand(slots: Sequence[Slot], blocks: Sequence[int], *, overlap: bool) -> list[Action]:
     """The actions of a rank. `blocks`: MoE blocks of every stage, whose tokens travel; without `overlap`, one op runs
     after the other."""
-    found: list[Action] = []
+    return [action for slot in merged(slots, blocks, overlap=overlap) for action in phases(slot, blocks, overlap)]
+
+
+def merged(slots: Sequence[Slot], blocks: Sequence[int], *, overlap: bool) -> Iterator[Slot]:
+    """The slots, those weight gradients that fill the transfers of the op before them in one slot with it."""
     following = [*slots[1:], ()]
     filled = False
     for slot, after in zip(slots, following, strict=True):
         if filled:
             filled = False
         elif overlap and _leaves_gaps(slot, blocks) and len(after) == 1 and after[0].kind is Kind.WEIGHT:
-            found += _filled(slot[0], after[0], blocks)
+            yield slot + after
             filled = True
         else:
-            found += _of_slot(slot, blocks, overlap=overlap)
-    return found
+            yield slot
 
 
 def _leaves_gaps(slot: Slot, blocks: Sequence[int]) -> bool:
@@ -68,9 +71,12 @@ def _ready(weight: Action, op: Op, done: set[Action]) -> bool:
     return not own or replace(weight, work=Pass.BACKWARD) in done
 
 
-def _of_slot(slot: Slot, blocks: Sequence[int], *, overlap: bool) -> Iterator[Action]:
+def phases(slot: Slot, blocks: Sequence[int], overlap: bool) -> Iterator[Action]:
+    """The actions of one of the `merged` slots. They begin and end without transfers under way."""
+    if slot[-1].kind is Kind.WEIGHT and len(slot) == 2:
+        yield from _filled(*slot, blocks)
     # Where neither pass has a transfer, there is nothing to hide.
-    if len(slot) == 2 and overlap and any(blocks[op.stage] for op in slot):
+    elif len(slot) == 2 and overlap and any(blocks[op.stage] for op in slot):
         yield from pair(*slot, blocks)
     else:
         for op in slot:

@@ -104,6 +104,11 @@ def simulate(table: Table, costs: Costs) -> Timeline:
     return simulate_ranks([table], [costs], [0])[0]
 
 
+def simulate_slot(actions: Table, stages: Sequence[Costs]) -> Timeline:
+    """A part of a rank's table at whose beginning all is there that comes from other stages."""
+    return _Play([actions], stages, [0], 0.0, has_inputs=True).run()[0]
+
+
 def simulate_ranks(
     tables: Sequence[Table], stages: Sequence[Costs], links: Sequence[int], pipe_ms: float = 0.0
 ) -> list[Timeline]:
@@ -123,6 +128,8 @@ class _Play:
     stages: Sequence[Costs]
     links: Sequence[int]
     pipe_ms: float
+    # What passes from stage to stage is there from the start.
+    has_inputs: bool = False
     # By an action: when what it sends is there, and the rank that has sent it.
     sent: dict[Action, tuple[float, int]] = field(default_factory=dict)
     # End and rank of every rank's next action, if it has what it needs; ranks by what they lack.
@@ -183,7 +190,7 @@ class _Play:
     def source(self, action: Action) -> Action | None:
         """The action that sends what this one waits for: tokens on this rank's link, or what passes between stages."""
         work, stage, blocks = action.work, action.stage, self.blocks[action.stage]
-        if action.phase is Phase.ATTEND:
+        if action.phase is Phase.ATTEND and not self.has_inputs:
             if work is Pass.FORWARD and action.block == 0 and stage > 0:
                 return Action(work, Phase.ATTEND, self.blocks[stage - 1], action.micro_batch, stage - 1)
             if work is Pass.BACKWARD and action.block == blocks and stage < len(self.blocks) - 1:
