@@ -128,3 +128,19 @@ class Architecture:
         moe = self.moe_dense_weights + self.experts * self.expert_weights
         tables = self.embedding_weights * (1 if self.tied else 2) + self.hidden
         return self.layers * layer + self.dense_layers * self.ffn_weights(self.ffn) + self.moe_layers * moe + tables
+
+    @cached_property
+    def active(self) -> int:
+        """Weights that a token is multiplied with, head included, embedding and norms not; MTP modules without."""
+        moe = self.moe_dense_weights + self.experts_per_token * self.expert_weights
+        dense = self.dense_layers * self.ffn_weights(self.ffn)
+        return self.layers * self.attention_weights + dense + self.moe_layers * moe + self.embedding_weights
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Of a forward and a backward pass, as plan.count.flops_per_token counts them; MTP modules are included."""
+        attention = 6 * self.heads * (self.qk_dim + self.v_dim) * (seq_len + 1) / 2
+        flops = 6 * self.active + self.layers * attention
+        if not self.mtp:
+            return flops
+        layer = self.attention_weights + self.moe_dense_weights + self.experts_per_token * self.expert_weights
+        return flops + self.mtp * (6 * (layer + 2 * self.hidden**2 + self.embedding_weights) + attention)

@@ -66,6 +66,8 @@ class Job:
     # Share of tensor-parallel transfers under compute.
     tp_overlap: float = 0.0
     sequence_parallel: bool = True
+    # A stage waits until its neighbour has what it sends.
+    blocking_sends: bool = False
     flash: bool = True
     cuda_graph: bool = False
     # Kernels bound by memory, over what fused ones take.

@@ -1,0 +1,130 @@
+"""How long transfers take on the two kinds of links of a machine. Seconds throughout.
+
+Ranks lie as in a mesh: tensor parallelism next to each other, then context, then data (expert parallelism within), then
+the pipeline. A group whose members are `stride` ranks apart has as many of them on each node as fit.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+
+from dstrain.config.hardware import HardwareConfig
+from dstrain.plan.architecture import Architecture
+from dstrain.plan.job import Job
+from dstrain.plan.traffic import Router, row_bytes
+
+# Assumed where a file says nothing (NCCL, a collective).
+LATENCY_US = 20.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that exchange something: how many, and how many of them are on one node."""
+
+    size: int
+    local: int
+
+    @staticmethod
+    def of(size: int, stride: int, per_node: int) -> "Group":
+        return Group(size, max(1, min(size, per_node // stride)))
+
+    @property
+    def nodes(self) -> int:
+        return ceil(self.size / self.local)
+
+
+@dataclass(frozen=True)
+class Network:
+    """The links of one rank."""
+
+    hardware: HardwareConfig
+
+    def _latency_s(self, group: Group) -> float:
+        machine = self.hardware
+        latency_us = machine.inter_node_latency_us if group.nodes > 1 else machine.intra_node_latency_us
+        return (latency_us or LATENCY_US) * 1e-6
+
+    def collective_s(self, num_bytes: float, group: Group) -> float:
+        """A reduce-scatter or an all-gather of so many bytes in all, as a ring; an all-reduce is both."""
+        if group.size == 1:
+            return 0.0
+        machine = self.hardware
+        speed = machine.intra_node_gbytes_per_s * machine.intra_node_efficiency
+        if group.nodes > 1:
+            # Every rank of a node feeds its own network card.
+            across = group.local * machine.inter_node_gbytes_per_s * machine.inter_node_efficiency
+            speed = min(speed, across) if group.local > 1 else across
+        return num_bytes * (group.size - 1) / group.size / (speed * 1e9) + self._latency_s(group)
+
+    def send_s(self, num_bytes: float, crosses: bool) -> float:
+        """From one rank to another."""
+        group = Group(2, 1 if crosses else 2)
+        return 2 * self.collective_s(num_bytes, group) - self._latency_s(group)
+
+    def exchange_s(self, inside: float, across: float, group: Group) -> float:
+        """An all-to-all in which a rank sends so many bytes to others of its node, and to other nodes, at once."""
+        if group.size == 1:
+            return 0.0
+        machine = self.hardware
+        inside_s = inside / (machine.intra_node_gbytes_per_s * machine.intra_node_alltoall_efficiency * 1e9)
+        if group.nodes == 1:
+            return inside_s + self._latency_s(group)
+        across_s = across / (machine.inter_node_gbytes_per_s * machine.inter_node_alltoall_efficiency * 1e9)
+        return max(inside_s, across_s) + self._latency_s(group)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """That a token's rows are on average, on each hop: to ranks of the same node, and to other nodes."""
+
+    inside: float
+    across: float
+
+
+@lru_cache(maxsize=4096)
+def rows_sent(dispatcher: str, model_key: tuple[int, int, int, int], ranks: int, local: int) -> Rows:
+    """Of one token under a router that likes all experts equally; `model_key`: experts, experts per token, groups,
+    groups per token."""
+    router, nodes = Router(*model_key), ranks // local
+    if dispatcher == "alltoall":
+        rows = float(router.experts_per_token)
+        return Rows(rows * (local - 1) / ranks, rows * (nodes - 1) / nodes)
+    visited = router.places(ranks)
+    if dispatcher == "rank" or nodes == 1:
+        return Rows(visited * (local - 1) / ranks, visited * (nodes - 1) / nodes)
+    # What arrives at a node goes on to its ranks.
+    return Rows(visited * (local - 1) / local, router.places(nodes) * (nodes - 1) / nodes)
+
+
+def router_key(model: Architecture) -> tuple[int, int, int, int]:
+    return model.experts, model.experts_per_token, model.groups, model.groups_per_token
+
+
+@dataclass(frozen=True)
+class Exchanges:
+    """Seconds of the transfers of an MoE block, on the way out and home."""
+
+    out_s: float
+    home_s: float
+
+
+def exchanges(job: Job, hardware: HardwareConfig, tokens: float) -> Exchanges:
+    """Of `tokens` tokens that a rank sends; the most loaded rank receives `job.skew` times what the mean does."""
+    group = expert_group(job, hardware)
+    if group.size == 1 or job.dispatcher == "local":
+        return Exchanges(0.0, 0.0)
+    kind = {"auto": "hierarchical"}.get(job.dispatcher, job.dispatcher)
+    rows = rows_sent(kind, router_key(job.model), job.ep, max(1, min(job.ep, group.local // min(group.local, job.etp))))
+    network, hidden = Network(hardware), job.model.hidden
+    home = 4 if job.products == "float32" else 2
+    sent = tokens * job.skew
+    out_s, home_s = (
+        network.exchange_s(rows.inside * sent * num_bytes, rows.across * sent * num_bytes, group)
+        for num_bytes in (row_bytes(job.wire, hidden), home * hidden)
+    )
+    return Exchanges(out_s, home_s)
+
+
+def expert_group(job: Job, hardware: HardwareConfig) -> Group:
+    """The ranks over which experts are spread."""
+    return Group.of(job.ep * job.etp, 1, hardware.devices_per_node)

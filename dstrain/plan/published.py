@@ -1,0 +1,287 @@
+"""Training runs that others have measured and published, as jobs: what `dstrain plan validate` compares with.
+
+A row names a model, a GPU and a configuration, and what was measured; the schema is that of data/published_runs.json.
+What a source does not say is taken from what its software does by default (`SOFTWARE`). Nothing here, and no constant
+of a machine, is fitted to what the rows measured.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from dstrain.config.hardware import HardwareConfig
+from dstrain.errors import UserError
+from dstrain.hardware import of_gpu
+from dstrain.plan.architecture import Architecture
+from dstrain.plan.job import Job
+
+METRICS = ("step_s", "tok_s_gpu", "tflops", "gpu_h_per_T", "pair_ms")
+PRODUCTS = {"bf16": "bf16", "fp8": "fp8_tensor", "fp8blk": "fp8_block", "mxfp8": "mxfp8"}
+SCHEDULES = {"1f1b": "1f1b", "interleaved": "interleaved", "dualpipe": "dualpipe", "zb1p": "zb_1p"}
+DISPATCHERS = {"a2a": "alltoall", "alltoall": "alltoall", "deepep": "deepep", "hybridep": "deepep"}
+# Words of `recompute` -> those of a job.
+RECOMPUTE = {
+    "none": (),
+    "full": ("layer",),
+    "attn": ("core",),
+    "core_attn": ("core",),
+    "act": ("swiglu",),
+    "moe_act": ("swiglu",),
+    "layernorm": ("norm",),
+    "mla_up_proj": ("mla_up",),
+    "moe": ("moe",),
+}
+# Words that a job knows by the same name.
+SAME = ("norm", "mla_up", "core", "swiglu", "experts", "sac")
+# Keys of `config` that describe the run, and others that say something about it.
+KNOWN = frozenset(
+    ["prec", "seq", "gbs", "mbs", "tp", "pp", "vp", "cp", "ep", "etp", "zero", "sched", "recompute", "ep_overlap", "dispatcher", "node_limit", "first_last", "cuda_graph", "flash", "sp", "overlap_dp", "tp_overlap", "grad_bytes", "mem_gib", "attn_mult", "fused", "split"]
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published run; `config` as its source says it."""
+
+    id: str
+    group: str
+    model: Architecture
+    gpu: str
+    n_gpu: int
+    gpus_per_node: int
+    nic_gbytes_per_s: float
+    config: Mapping[str, Any]
+    metric: str
+    value: float
+    source: str = ""
+
+    @property
+    def memory_gib(self) -> float | None:
+        """The measured peak, where the source tells it."""
+        return self.config.get("mem_gib")
+
+    @property
+    def unknown(self) -> frozenset[str]:
+        return frozenset(self.config) - KNOWN
+
+
+@dataclass(frozen=True)
+class Software:
+    """What a framework does where a row does not say it."""
+
+    # Of accumulated gradients and on the wire.
+    grad_bytes: int = 4
+    tp_overlap: float = 0.0
+    blocking_sends: bool = False
+    moment_bytes: int = 4
+    # Kernels bound by memory, over those of fused ones.
+    unfused: float = 1.0
+
+
+# A part of `source` -> its software.
+SOFTWARE = {
+    # NeMo and Megatron-Bridge: BF16 gradients, tensor-parallel transfers split up under products.
+    "dgxc-benchmarking": Software(grad_bytes=2, tp_overlap=0.7),
+    "Megatron-Bridge": Software(grad_bytes=2, tp_overlap=0.7),
+    "ModelZoo": Software(),
+    # Megatron-LM of 2022: scores in memory, one send after the other.
+    "arXiv:2205.05198": Software(blocking_sends=True),
+    "arXiv:2201.11990": Software(blocking_sends=True),
+    "torchtitan": Software(),
+    "llm-foundry": Software(grad_bytes=2),
+    "SimuMax": Software(blocking_sends=True),
+}
+
+
+def read(path: Path | None = None) -> list[Row]:
+    """The rows of a file, or those that come with dstrain. Raises UserError for a row that makes no job."""
+    found = _load(path)
+    models = dict(_packaged("published_models.json"))
+    models |= found.get("models", {}) if isinstance(found, dict) else {}
+    rows = found.get("rows") if isinstance(found, dict) else found
+    if not isinstance(rows, list):
+        raise UserError(f'{path}: there are no rows. Write {{"rows": [{{"id": ..., "model": ...}}, ...]}}.')
+    return [_row(number, row, models) for number, row in enumerate(rows)]
+
+
+def _packaged(name: str) -> Any:
+    return json.loads((resources.files("dstrain.plan") / "data" / name).read_text())
+
+
+def _load(path: Path | None) -> Any:
+    if path is None:
+        return _packaged("published_runs.json")
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Name a JSON file of runs.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}.") from error
+
+
+def _row(number: int, row: Any, models: Mapping[str, Any]) -> Row:
+    name = row.get("id", f"number {number + 1}") if isinstance(row, dict) else f"number {number + 1}"
+    where = f"Row {name}"
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is {row!r}: a row is an object with id, model, gpu, n_gpu, config, metric and value.")
+    for key in ("id", "model", "gpu", "n_gpu", "config", "metric", "value"):
+        if key not in row:
+            raise UserError(f"{where} has no {key!r}: every row needs one. Add it to the file.")
+    for key in ("prec", "seq", "gbs", "mbs"):
+        if key not in row["config"] and not (row["metric"] == "pair_ms" and key == "gbs"):
+            raise UserError(f"{where}: config has no {key!r}: every row needs one. Add it to the file.")
+    if row["metric"] not in METRICS:
+        raise UserError(f"{where}: metric={row['metric']!r} is not one of {', '.join(METRICS)}.")
+    if row["model"] not in models:
+        cure = 'Take one of them, or describe it in "models" of the file.'
+        raise UserError(f"{where}: model={row['model']!r} is not known ({', '.join(sorted(models))}). {cure}")
+    _positive(where, row)
+    per_node = row.get("gpus_per_node", 8)
+    return Row(
+        id=str(row["id"]),
+        group=row.get("group", ""),
+        model=_architecture(where, row["model"], models[row["model"]]),
+        gpu=row["gpu"],
+        n_gpu=row["n_gpu"],
+        gpus_per_node=per_node,
+        nic_gbytes_per_s=row.get("nic_GBps_per_gpu", 0.0),
+        config=row["config"],
+        metric=row["metric"],
+        value=float(row["value"]),
+        source=row.get("source", ""),
+    )
+
+
+def _positive(where: str, row: Mapping[str, Any]) -> None:
+    """Raises UserError for a number that is none, or not above 0."""
+    whole = ("seq", "gbs", "mbs", "tp", "pp", "vp", "cp", "ep", "etp")
+    found = [(key, row["config"][key], int) for key in whole if key in row["config"]]
+    found += [("n_gpu", row["n_gpu"], int), ("value", row["value"], float)]
+    found += [(key, row[key], float) for key in ("gpus_per_node", "nic_GBps_per_gpu") if key in row]
+    for key, value, kind in found:
+        is_number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+        if not is_number or not 0 < value < float("inf"):
+            raise UserError(f"{where}: {key}={value!r} must be a {'whole ' * (kind is int)}number above 0.")
+
+
+def _architecture(where: str, name: str, dims: Mapping[str, Any]) -> Architecture:
+    try:
+        mla = dims.get("kv_rank", 0) > 0
+        return Architecture(
+            name=name,
+            vocab=dims["vocab_size"],
+            hidden=dims["hidden"],
+            layers=dims["num_layers"],
+            dense_layers=dims.get("num_dense_layers", 0) if dims.get("num_experts", 0) else dims["num_layers"],
+            heads=dims["num_heads"],
+            kv_heads=dims["num_kv_heads"],
+            qk_dim=dims["qk_nope_dim"] + dims["qk_rope_dim"] if mla else dims["head_dim"],
+            v_dim=dims["v_dim"] if mla else dims["head_dim"],
+            q_rank=dims.get("q_rank", 0),
+            kv_rank=dims.get("kv_rank", 0),
+            rope_dim=dims.get("qk_rope_dim", 0),
+            ffn=dims["ffn_dim"],
+            gated=dims.get("gated_ffn", True),
+            experts=dims.get("num_experts", 0),
+            experts_per_token=dims.get("topk", 0),
+            expert_ffn=dims.get("expert_dim", 0),
+            shared_ffn=dims.get("shared_expert_dim", 0),
+            mtp=dims.get("num_mtp", 0),
+            tied=dims.get("tied_embeddings", False),
+        )
+    except KeyError as error:
+        raise UserError(f"{where}: model {name!r} has no {error}: its dimensions need one.") from error
+
+
+# -- Rows to jobs -----------------------------------------------------------------------------------------------------
+
+
+def machine_of(row: Row) -> HardwareConfig:
+    """The machine of a row. Raises UserError for a GPU without a hardware file."""
+    try:
+        machine = of_gpu(row.gpu)
+    except UserError as error:
+        raise UserError(f"Row {row.id}: {error}") from error
+    nic = row.nic_gbytes_per_s or machine.inter_node_gbytes_per_s
+    return replace(machine, devices_per_node=min(row.gpus_per_node, row.n_gpu), inter_node_gbytes_per_s=nic)
+
+
+def job_of_row(row: Row) -> Job:
+    """Raises UserError if the row has a word that is not known, or a layout that does not divide."""
+    config = row.config
+    software = next((found for part, found in SOFTWARE.items() if part in row.source), Software())
+    chunks = config.get("vp", 1)
+    job = Job(
+        model=_limited(row.model, config.get("node_limit"), row),
+        gpus=row.n_gpu,
+        seq_len=config["seq"],
+        sequences=config.get("gbs", row.n_gpu * config["mbs"]),
+        micro_batch=config["mbs"],
+        **{axis: config.get(axis, 1) for axis in ("tp", "cp", "pp", "ep", "etp")},
+        pipeline=_word(row, "sched", SCHEDULES, "interleaved" if chunks > 1 else "1f1b"),
+        chunks=chunks,
+        split=tuple(config.get("split", ())),
+        overlap=config.get("ep_overlap") == "pair" or config.get("sched") == "dualpipe" or row.metric == "pair_ms",
+        in_flight=2 if row.metric == "pair_ms" else 1,
+        products=_word(row, "prec", PRODUCTS, "bf16"),
+        dispatcher=_word(row, "dispatcher", DISPATCHERS, "deepep"),
+        wire="fp8" if config["prec"] == "fp8blk" and "deepseek" in row.group else "bfloat16",
+        zero=config.get("zero", 1),
+        grad_bytes=config.get("grad_bytes", software.grad_bytes),
+        grad_wire_bytes=config.get("grad_bytes", software.grad_bytes),
+        moment_bytes=software.moment_bytes,
+        recompute=frozenset(_recompute(row)),
+        overlap_dp=config.get("overlap_dp", True),
+        tp_overlap=config.get("tp_overlap", software.tp_overlap),
+        sequence_parallel=config.get("sp", True) and config.get("tp", 1) > 1,
+        blocking_sends=software.blocking_sends and chunks == 1,
+        flash=config.get("flash", True),
+        cuda_graph=config.get("cuda_graph", False),
+        unfused=config.get("fused", software.unfused),
+        slow_attention=config.get("attn_mult", 1.0),
+    )
+    _check(row, job)
+    return job
+
+
+def _word(row: Row, key: str, words: Mapping[str, str], default: str) -> str:
+    word = row.config.get(key)
+    if word is None:
+        return default
+    if word not in words:
+        raise UserError(f"Row {row.id}: {key}={word!r} is not one of {', '.join(words)}.")
+    return words[word]
+
+
+def _recompute(row: Row) -> Iterator[str]:
+    for word in str(row.config.get("recompute", "none")).split(","):
+        if word.strip() in SAME:
+            yield word.strip()
+        elif word.strip() in RECOMPUTE:
+            yield from RECOMPUTE[word.strip()]
+        else:
+            known = ", ".join(sorted({*RECOMPUTE, *SAME}))
+            raise UserError(f"Row {row.id}: recompute={word.strip()!r} is not one of {known}.")
+
+
+def _limited(model: Architecture, nodes: int | None, row: Row) -> Architecture:
+    """DeepSeek's own runs of V3 route to 4 of 8 nodes; others say so, or route freely."""
+    if nodes is None and "deepseek" in row.group and model.experts == 256:
+        nodes = 4
+    return replace(model, groups=8, groups_per_token=nodes) if nodes and model.experts % 8 == 0 else model
+
+
+def _check(row: Row, job: Job) -> None:
+    rules = (
+        (job.gpus % (job.tp * job.cp * job.pp) == 0, "n_gpu", job.gpus, "tp * cp * pp"),
+        (job.gpus % (job.ep * job.etp * job.pp) == 0, "n_gpu", job.gpus, "ep * etp * pp"),
+        (job.sequences % max(1, job.dp * job.micro_batch) == 0, "gbs", job.sequences, "the data ranks times mbs"),
+        (job.model.heads % job.tp == 0, "heads", job.model.heads, "tp"),
+        (job.model.experts % job.ep == 0, "experts", job.model.experts, "ep"),
+    )
+    for holds, key, value, divisor in rules:
+        if not holds:
+            raise UserError(f"Row {row.id}: {key}={value} must be a multiple of {divisor}. Correct the row.")

@@ -1,0 +1,280 @@
+"""Layers put together to the stages of a pipeline, by the phases of a schedule table, and what a step ends with.
+
+`step_times` is what both forms of a prediction start from: step.py sums it up, simulation.py plays the table with it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+from dstrain.config.hardware import HardwareConfig
+from dstrain.plan.architecture import Architecture
+from dstrain.plan.job import Job
+from dstrain.plan.layer import Kernels, Kinds, LayerWork, Work, added
+from dstrain.plan.network import Group, Network
+from dstrain.plan.times import Reduction, StepTimes
+from dstrain.schedule.action import Pass, Phase
+from dstrain.schedule.pipelines.choose import layout
+from dstrain.schedule.simulate import Costs
+
+# Kinds of kernels that a name of `Job.recompute` runs again.
+AGAIN = {
+    "norm": ("norm",),
+    "mla_up": ("mla up", "rope"),
+    "core": ("attention",),
+    "swiglu": ("activation",),
+}
+# Bytes that the optimiser reads and writes for a parameter beside master weights and moments: FP32 gradient (read for
+# the norm and for the update), new weight.
+UPDATE_BYTES = 10
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a stage holds."""
+
+    dense: int
+    moe: int
+    is_first: bool
+    is_last: bool
+
+
+# Milliseconds forward, for input gradients, for weight gradients.
+Passes = tuple[float, float, float]
+
+
+def summed(passes: Iterable[Passes]) -> Passes:
+    forward, into, weight = map(sum, zip(*passes, strict=True))
+    return forward, into, weight
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer as phases, what the backward pass repeats and what waiting for the host adds included."""
+
+    attend: Passes
+    shared: Passes
+    experts: Passes
+    # Transfers of tokens, out and home.
+    out_ms: float
+    home_ms: float
+    # Everything of a micro-batch, by kind.
+    kinds: Kinds
+
+    @property
+    def passes(self) -> Passes:
+        return summed((self.attend, self.shared, self.experts))
+
+
+class Stages:
+    """The stages of a job on a machine."""
+
+    def __init__(self, job: Job, hardware: HardwareConfig):
+        self.job, self.hardware, self.model = job, hardware, job.model
+        self.kernels, self.network = Kernels(job, hardware), Network(hardware)
+        # Whether tokens travel: otherwise a stage is one stretch.
+        self.spreads = job.ep * job.etp > 1 and job.dispatcher != "local" and job.model.moe_layers > 0
+
+    # -- layers -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def dense(self) -> Layer:
+        return self._layer(self.kernels.dense_layer, weights_of(self.model, is_moe=False) / self.job.tp)
+
+    @cached_property
+    def moe(self) -> Layer:
+        experts = self.model.experts * self.model.expert_weights / (self.job.ep * self.job.etp)
+        return self._layer(self.kernels.moe_layer, weights_of(self.model, is_moe=True) / self.job.tp + experts)
+
+    def _layer(self, work: LayerWork, weights: float) -> Layer:
+        parts = [self._repeated(part) for part in (work.attend, work.shared, work.experts)]
+        kinds = added(*(passes for part in parts for passes in part.passes))
+        phases = [part.seconds for part in parts]
+        forward, into, weight = summed(phases)
+        launch = 0.0 if self.job.cuda_graph else self.hardware.host_us * 1e-6
+        waits = max(0.0, work.launches[0] * launch - forward), max(0.0, work.launches[1] * launch - into - weight)
+        gathers = self._gathers(weights, forward, into + weight)
+        slower = [1 + (waits[0] + gathers[0]) / forward, 1 + (waits[1] + gathers[1]) / (into + weight)]
+        kinds["host"] += sum(waits)
+        kinds["sharded weights"] += sum(gathers)
+        scaled = [(f * slower[0] * 1e3, i * slower[1] * 1e3, w * slower[1] * 1e3) for f, i, w in phases]
+        sent = work.exchanges
+        attend, shared, experts = scaled
+        return Layer(attend, shared, experts, sent.out_s * 1e3, sent.home_s * 1e3, _in_ms(kinds))
+
+    def _gathers(self, weights: float, forward_s: float, backward_s: float) -> tuple[float, float]:
+        """Of sharded weights, what gathering them, and summing their gradients, takes beyond the compute it runs
+        under."""
+        if self.job.zero < 3:
+            return 0.0, 0.0
+        group = self._data_group()
+        gather_s = self.network.collective_s(weights * self.job.gather_bytes, group)
+        reduce_s = self.network.collective_s(weights * self.job.grad_wire_bytes, group)
+        return max(0.0, gather_s - forward_s), max(0.0, gather_s + reduce_s - backward_s)
+
+    def _repeated(self, work: Work) -> Work:
+        """With what the backward pass computes again."""
+        names, forward = self.job.recompute, work.forward
+        if not names:
+            return work
+        again = {kind: forward[kind] for name in names for kind in AGAIN.get(name, ()) if kind in forward}
+        is_experts = "permute" in forward
+        if "layer" in names or ("experts" in names and is_experts) or ("attend" in names and "attention" in forward):
+            again = dict(forward)
+        elif "sac" in names:
+            again = {kind: seconds * SAC.get(kind, 1.0) for kind, seconds in forward.items()}
+        return replace(work, input=added(work.input, again))
+
+    # -- stages -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def embedding(self) -> Passes:
+        return _ms(self.kernels.embedding.seconds)
+
+    @cached_property
+    def head(self) -> Passes:
+        return _ms(self.kernels.head.seconds)
+
+    @cached_property
+    def mtp(self) -> Passes:
+        """Of a module what is no layer."""
+        return _ms(self.kernels.mtp.seconds)
+
+    def ends(self, shape: Shape) -> tuple[Passes, Passes]:
+        """What a stage has before its first and behind its last layer, MTP layers without."""
+        none = (0.0, 0.0, 0.0)
+        behind = summed([self.head] + [self.mtp] * self.model.mtp) if shape.is_last else none
+        return self.embedding if shape.is_first else none, behind
+
+    def passes(self, shape: Shape) -> Passes:
+        """All compute of a stage."""
+        layers = [tuple(x * shape.dense for x in self.dense.passes)] if shape.dense else []
+        count = shape.moe + self._mtp_layers(shape)
+        layers += [tuple(x * count for x in self.moe.passes)] if count else []
+        return summed([*layers, *self.ends(shape)])  # type: ignore[list-item]
+
+    def _mtp_layers(self, shape: Shape) -> int:
+        return self.model.mtp if shape.is_last else 0
+
+    def costs(self, shape: Shape) -> Costs:
+        """By phase: dense layers come before those with experts."""
+        before, behind = self.ends(shape)
+        if not self.spreads:
+            passes = self.passes(shape)
+            return Costs({(work, Phase.ATTEND, 0): ms for work, ms in zip(Pass, passes, strict=True)}, {})
+        blocks = shape.moe + self._mtp_layers(shape)
+        stretches = [self.moe.attend] * blocks + [behind]
+        dense = [self.dense.passes] * shape.dense if shape.dense else []
+        stretches[0] = summed([stretches[0], before, *dense])
+        compute_ms = {
+            (w, Phase.ATTEND, n): ms for n, each in enumerate(stretches) for w, ms in zip(Pass, each, strict=True)
+        }
+        transfer_ms = {}
+        for n in range(blocks):
+            for phase, each in ((Phase.SHARED, self.moe.shared), (Phase.EXPERTS, self.moe.experts)):
+                compute_ms |= {(w, phase, n): ms for w, ms in zip(Pass, each, strict=True)}
+            transfer_ms[Pass.FORWARD, "dispatch", n] = transfer_ms[Pass.BACKWARD, "combine", n] = self.moe.out_ms
+            transfer_ms[Pass.FORWARD, "combine", n] = transfer_ms[Pass.BACKWARD, "dispatch", n] = self.moe.home_ms
+        return Costs(compute_ms, transfer_ms)
+
+    @cached_property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Of every stage, in the order of the model."""
+        cuts = [0, *accumulate(self.job.split or self._planned())]
+        dense = self.model.dense_layers
+        return tuple(
+            Shape(max(0, min(stop, dense) - start), stop - max(start, min(stop, dense)), start == 0, n == len(cuts) - 2)
+            for n, (start, stop) in enumerate(pairwise(cuts))
+        )
+
+    def _planned(self) -> list[int]:
+        """Layers of each stage, so that none takes much longer than the others: embedding and head count as the layers
+        that they take as long as."""
+        stages = self.job.num_stages
+        one = sum((self.moe if self.model.moe_layers else self.dense).passes)
+        mtp = self.model.mtp * (sum(self.mtp) + one)
+        extra = [0.0] * stages
+        extra[0] += sum(self.embedding) / one
+        extra[-1] += (sum(self.head) + mtp) / one
+        sizes = [0] * stages
+        for _ in range(self.model.layers):
+            # The later of two equal ones: the first stages keep activations longest.
+            shortest = min(range(stages), key=lambda n: (sizes[n] + extra[n] if sizes[n] else -1.0, -n))
+            sizes[shortest] += 1
+        return sizes
+
+    # -- the end of a step --------------------------------------------------------------------------------------------
+
+    def _data_group(self) -> Group:
+        job = self.job
+        return Group.of(job.dp * job.cp, job.tp, self.hardware.devices_per_node)
+
+    def held(self, shape: Shape) -> tuple[float, float]:
+        """Parameters of a stage on a rank: experts, and everything else."""
+        model, job = self.model, self.job
+        moe = shape.moe + self._mtp_layers(shape)
+        experts = moe * model.experts * model.expert_weights / (job.ep * job.etp)
+        dense = shape.dense * weights_of(model, is_moe=False) + moe * weights_of(model, is_moe=True)
+        tables = (shape.is_first + (shape.is_last and not (model.tied and shape.is_first))) * model.embedding_weights
+        return experts, (dense + tables + shape.is_last * model.mtp * 2 * model.hidden**2) / job.tp
+
+    def reduction(self, shapes: Iterable[Shape], copies: int) -> Reduction:
+        """Of a rank that holds these stages, each of which `copies` ranks of its pipeline hold."""
+        job, held = self.job, [self.held(shape) for shape in shapes]
+        experts, others = sum(e for e, _ in held), sum(o for _, o in held)
+        groups = (
+            (experts, Group.of(job.expert_dp, job.ep * job.etp, self.hardware.devices_per_node), job.expert_dp),
+            (others, self._data_group(), job.dp * job.cp),
+        )
+        reduce_s = gather_s = update_s = 0.0
+        for parameters, group, ranks in groups:
+            if not parameters:
+                continue
+            owned = parameters / (ranks * copies if job.zero else 1)
+            each = 2 * job.master_bytes + 4 * job.moment_bytes + UPDATE_BYTES
+            update_s += owned * each / self.kernels.device.memory_speed
+            if job.zero < 3:
+                reduce_s += self.network.collective_s(parameters * job.grad_wire_bytes, group) * (1 if job.zero else 2)
+                gather_s += self.network.collective_s(parameters * job.gather_bytes, group) * (1 if job.zero else 0)
+        return Reduction(reduce_s * 1e3, gather_s * 1e3, update_s * 1e3)
+
+    @cached_property
+    def send_ms(self) -> float:
+        """Between stages; the neighbours of a rank are on another node unless all of the job is on one."""
+        job = self.job
+        if job.pp == 1:
+            return 0.0
+        num_bytes = self.kernels.spread_tokens * self.model.hidden * (4 if job.products == "float32" else 2)
+        stride = job.gpus // job.pp
+        return self.network.send_s(num_bytes, stride >= self.hardware.devices_per_node) * 1e3
+
+
+def step_times(job: Job, hardware: HardwareConfig) -> StepTimes:
+    """What the stages of a job take, and what its steps end with."""
+    stages = Stages(job, hardware)
+    by_shape = {shape: stages.costs(shape) for shape in set(stages.shapes)}
+    placed = layout(job.pipeline, job.pp, job.chunks) if job.pp > 1 else None
+    held = placed.held if placed else ((0,),)
+    ranks = [stages.reduction([stages.shapes[n] for n in own], placed.copies if placed else 1) for own in held]
+    exposed_ms = stages.send_ms if job.blocking_sends else 0.0
+    return StepTimes(tuple(by_shape[shape] for shape in stages.shapes), stages.send_ms, exposed_ms, tuple(ranks))
+
+
+def weights_of(model: Architecture, *, is_moe: bool) -> int:
+    """Of a layer, without routed experts."""
+    rest = model.moe_dense_weights if is_moe else model.ffn_weights(model.ffn)
+    return model.attention_weights + model.norm_weights + rest
+
+
+def _ms(seconds: Passes) -> Passes:
+    forward, into, weight = seconds
+    return forward * 1e3, into * 1e3, weight * 1e3
+
+
+def _in_ms(kinds: Kinds) -> Kinds:
+    return added({kind: seconds * 1e3 for kind, seconds in kinds.items() if seconds})
+
+
+# Share of a kind that torchtitan's selective recomputation repeats: every other product is kept, and attention.
+SAC = {"gemm": 0.5, "mla up": 0.5, "grouped gemm": 0.5, "attention": 0.0}
