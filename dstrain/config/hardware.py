@@ -42,6 +42,8 @@ class HardwareConfig:
     kernel_us: float = 3.0
     # Of the host, to launch a kernel: a step whose kernels are shorter waits for it.
     host_us: float = 6.0
+    # Of the host, once a step: batches, sums of losses, the norm of the gradient, launches of the optimiser.
+    step_us: float = 0.0
     devices_per_node: int = 1
     # 0: as many as the layout has ranks for.
     nodes: int = 0
