@@ -33,7 +33,9 @@ class HardwareConfig:
     attention_efficiency: float = 0.6
     attention_backward_efficiency: float = 0.45
     # Of these speeds, what is left within a training step (power, other work on the device).
-    sustained: float = 0.9
+    sustained: float = 0.86
+    # Standard deviation of the speed of devices of one kind: a step waits for the slowest one.
+    device_spread: float = 0.012
     memory_gib: float = 0.0
     memory_gbytes_per_s: float = 0.0
     # Share of it that kernels bound by memory reach.

@@ -82,7 +82,8 @@ class Device:
         efficiency, half = machine.attention_efficiency, HALF_FORWARD
         if backward:
             flops, efficiency, half = flops * BACKWARD_FLOPS, machine.attention_backward_efficiency, HALF_BACKWARD
-        speed = machine.peak_bf16_tflops * 1e12 * efficiency * seq_len / (seq_len + half) * self.share
+        reached = seq_len / (seq_len + half) if machine.multiprocessors else 1.0
+        speed = machine.peak_bf16_tflops * 1e12 * efficiency * reached * self.share
         return flops / speed + machine.kernel_us * 1e-6
 
 

@@ -16,10 +16,12 @@ from functools import cached_property
 from dstrain.config.hardware import HardwareConfig
 from dstrain.plan.device import NARROW, Device
 from dstrain.plan.job import Job
-from dstrain.plan.network import Exchanges, Group, Network, exchanges
+from dstrain.plan.network import Exchanges, Group, Network, exchanges, router_key, visited
 
 # Launches of a layer in each pass, forward and backward: the attention half, a dense half, an MoE half.
 LAUNCHES = {"attention": (16, 30), "dense": (8, 16), "moe": (45, 60)}
+# Of DeepEP's kernels in DeepSeek-V3's training (arXiv:2412.19437, section 3.2.2).
+TRANSFER_PROCESSORS = 20
 # Bytes of a logit in cross entropy: forward (maximum, exponential, sum), backward.
 LOGIT_BYTES = (12, 6)
 
@@ -80,11 +82,15 @@ class Kernels:
 
     def __init__(self, job: Job, hardware: HardwareConfig):
         self.job, self.hardware, self.model = job, hardware, job.model
-        self.device, self.network = Device(hardware), Network(hardware)
+        # Kernels that carry tokens while others compute take multiprocessors from these.
+        taken = TRANSFER_PROCESSORS if job.overlap and job.ep > 1 and hardware.multiprocessors else 0
+        self.device = Device(hardware, 1 - taken / max(1, hardware.multiprocessors))
+        self.network = Network(hardware)
         # Of tokens outside of tensor-parallel products.
         self.spread_tokens = job.tokens / (job.tp if job.sequence_parallel else 1)
         self.sum_bytes = 2 * job.grad_bytes if job.micro_batches > 1 and job.zero < 3 else job.grad_bytes
-        self.tensor_group = Group.of(job.tp, 1, hardware.devices_per_node)
+        self.per_node = hardware.devices_per_node
+        self.tensor_group = Group.of(job.tp, 1, self.per_node)
 
     # -- parts of layers ----------------------------------------------------------------------------------------------
 
@@ -162,7 +168,8 @@ class Kernels:
         if not job.flash:
             self._plain_core(work, sequences, heads)
             return
-        length = job.seq_len
+        # Context parallelism takes the scores piece by piece.
+        sequences, length = sequences * job.cp**2, job.seq_len // job.cp
         scale = job.slow_attention
         work.forward["attention"] += scale * self.device.attention_s(sequences, length, heads, dims)
         work.input["attention"] += scale * self.device.attention_s(sequences, length, heads, dims, backward=True)
@@ -225,11 +232,26 @@ class Kernels:
         self._product(work, each, (2 if model.gated else 1) * inner, model.hidden, held, "grouped gemm")
         self._product(work, each, model.hidden, inner, held, "grouped gemm")
         self._activation(work, rows * inner)
-        # A row per expert is put in order before it leaves and again where it arrives.
-        times = 2 if job.dispatcher == "alltoall" and job.ep > 1 and held > 1 else 1
+        if job.etp > 1:
+            # Ranks that share an expert need all rows of each other.
+            once = self.network.collective_s(rows * model.hidden * 2, Group.of(job.etp, 1, self.per_node))
+            work.forward["tensor parallel"] += 2 * once
+            work.input["tensor parallel"] += 2 * once
+        # Dispatch and combine, in both directions: rows are copied out of what arrived, and added up to what leaves.
         for kinds in (work.forward, work.input):
-            self._memory(kinds, 2 * times * 4 * rows * model.hidden, 2 * times, "permute")
+            self._memory(kinds, 2 * self._permuted(rows) * model.hidden, 4, "permute")
         return work
+
+    def _permuted(self, rows: float) -> float:
+        """Bytes of each way to the experts, for each value of a row."""
+        model, job, tokens = self.model, self.job, self.spread_tokens
+        if job.ep == 1 or job.dispatcher == "local":
+            return 2 * (tokens + rows)
+        if job.dispatcher == "alltoall":
+            # In the order of ranks before they leave, and of experts where they arrive.
+            return 2 * (tokens + rows) + (4 * rows if model.experts > job.ep else 0)
+        arrived = tokens * job.etp * visited(router_key(model), job.ep)
+        return 2 * (arrived + rows)
 
     # -- whole layers -------------------------------------------------------------------------------------------------
 

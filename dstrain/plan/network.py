@@ -15,6 +15,9 @@ from dstrain.plan.traffic import Router, row_bytes
 
 # Assumed where a file says nothing (NCCL, a collective).
 LATENCY_US = 20.0
+# Share of its speed that an all-to-all keeps while other kernels compute: of DeepEP on H800, 28-36 of 51 GB/s out and
+# 37-39 of 50 GB/s home (dstrain/plan/data/deepseek_train_trace.json against gpu_microbenchmarks.json).
+OVERLAPPED = 0.7
 
 
 @dataclass(frozen=True)
@@ -82,18 +85,21 @@ class Rows:
 
 
 @lru_cache(maxsize=4096)
+def visited(model_key: tuple[int, int, int, int], places: int) -> float:
+    """Of `places` equal shares of the experts, those that a token has an expert in (plan.traffic.Router)."""
+    return Router(*model_key).places(places)
+
+
+@lru_cache(maxsize=4096)
 def rows_sent(dispatcher: str, model_key: tuple[int, int, int, int], ranks: int, local: int) -> Rows:
     """Of one token under a router that likes all experts equally; `model_key`: experts, experts per token, groups,
     groups per token."""
-    router, nodes = Router(*model_key), ranks // local
-    if dispatcher == "alltoall":
-        rows = float(router.experts_per_token)
+    nodes = ranks // local
+    rows = float(model_key[1]) if dispatcher == "alltoall" else visited(model_key, ranks)
+    if dispatcher in ("alltoall", "rank") or nodes == 1:
         return Rows(rows * (local - 1) / ranks, rows * (nodes - 1) / nodes)
-    visited = router.places(ranks)
-    if dispatcher == "rank" or nodes == 1:
-        return Rows(visited * (local - 1) / ranks, visited * (nodes - 1) / nodes)
     # What arrives at a node goes on to its ranks.
-    return Rows(visited * (local - 1) / local, router.places(nodes) * (nodes - 1) / nodes)
+    return Rows(rows * (local - 1) / local, visited(model_key, nodes) * (nodes - 1) / nodes)
 
 
 def router_key(model: Architecture) -> tuple[int, int, int, int]:
@@ -110,21 +116,17 @@ class Exchanges:
 
 def exchanges(job: Job, hardware: HardwareConfig, tokens: float) -> Exchanges:
     """Of `tokens` tokens that a rank sends; the most loaded rank receives `job.skew` times what the mean does."""
-    group = expert_group(job, hardware)
-    if group.size == 1 or job.dispatcher == "local":
+    group = Group.of(job.ep, job.etp, hardware.devices_per_node)
+    if job.ep == 1 or job.dispatcher == "local":
         return Exchanges(0.0, 0.0)
     kind = {"auto": "hierarchical"}.get(job.dispatcher, job.dispatcher)
-    rows = rows_sent(kind, router_key(job.model), job.ep, max(1, min(job.ep, group.local // min(group.local, job.etp))))
+    rows = rows_sent(kind, router_key(job.model), job.ep, group.local)
     network, hidden = Network(hardware), job.model.hidden
+    slower = OVERLAPPED if job.overlap and hardware.multiprocessors else 1.0
     home = 4 if job.products == "float32" else 2
     sent = tokens * job.skew
     out_s, home_s = (
-        network.exchange_s(rows.inside * sent * num_bytes, rows.across * sent * num_bytes, group)
+        network.exchange_s(rows.inside * sent * num_bytes, rows.across * sent * num_bytes, group) / slower
         for num_bytes in (row_bytes(job.wire, hidden), home * hidden)
     )
     return Exchanges(out_s, home_s)
-
-
-def expert_group(job: Job, hardware: HardwareConfig) -> Group:
-    """The ranks over which experts are spread."""
-    return Group.of(job.ep * job.etp, 1, hardware.devices_per_node)

@@ -33,12 +33,41 @@ RECOMPUTE = {
     "layernorm": ("norm",),
     "mla_up_proj": ("mla_up",),
     "moe": ("moe",),
+    "mlp": ("moe",),
 }
 # Words that a job knows by the same name.
 SAME = ("norm", "mla_up", "core", "swiglu", "experts", "sac")
 # Keys of `config` that describe the run, and others that say something about it.
 KNOWN = frozenset(
-    ["prec", "seq", "gbs", "mbs", "tp", "pp", "vp", "cp", "ep", "etp", "zero", "sched", "recompute", "ep_overlap", "dispatcher", "node_limit", "first_last", "cuda_graph", "flash", "sp", "overlap_dp", "tp_overlap", "grad_bytes", "mem_gib", "attn_mult", "fused", "split"]
+    [
+        "prec",
+        "seq",
+        "gbs",
+        "mbs",
+        "tp",
+        "pp",
+        "vp",
+        "cp",
+        "ep",
+        "etp",
+        "zero",
+        "sched",
+        "recompute",
+        "ep_overlap",
+        "dispatcher",
+        "node_limit",
+        "first_last",
+        "cuda_graph",
+        "flash",
+        "sp",
+        "overlap_dp",
+        "tp_overlap",
+        "grad_bytes",
+        "mem_gib",
+        "attn_mult",
+        "fused",
+        "split",
+    ]
 )
 
 
@@ -91,7 +120,8 @@ SOFTWARE = {
     "arXiv:2205.05198": Software(blocking_sends=True),
     "arXiv:2201.11990": Software(blocking_sends=True),
     "torchtitan": Software(),
-    "llm-foundry": Software(grad_bytes=2),
+    # One kernel after the other, as PyTorch has them.
+    "llm-foundry": Software(grad_bytes=2, unfused=1.6),
     "SimuMax": Software(blocking_sends=True),
 }
 

@@ -74,7 +74,7 @@ class Stages:
         self.job, self.hardware, self.model = job, hardware, job.model
         self.kernels, self.network = Kernels(job, hardware), Network(hardware)
         # Whether tokens travel: otherwise a stage is one stretch.
-        self.spreads = job.ep * job.etp > 1 and job.dispatcher != "local" and job.model.moe_layers > 0
+        self.spreads = job.ep > 1 and job.dispatcher != "local" and job.model.moe_layers > 0
 
     # -- layers -------------------------------------------------------------------------------------------------------
 
@@ -93,7 +93,10 @@ class Stages:
         phases = [part.seconds for part in parts]
         forward, into, weight = summed(phases)
         launch = 0.0 if self.job.cuda_graph else self.hardware.host_us * 1e-6
-        waits = max(0.0, work.launches[0] * launch - forward), max(0.0, work.launches[1] * launch - into - weight)
+        launched = work.launches[0] * launch, work.launches[1] * launch
+        # A CPU launches and computes by turns.
+        beside = (forward, into + weight) if self.hardware.multiprocessors else (0.0, 0.0)
+        waits = [max(0.0, host - device) for host, device in zip(launched, beside, strict=True)]
         gathers = self._gathers(weights, forward, into + weight)
         slower = [1 + (waits[0] + gathers[0]) / forward, 1 + (waits[1] + gathers[1]) / (into + weight)]
         kinds["host"] += sum(waits)
@@ -119,8 +122,15 @@ class Stages:
         if not names:
             return work
         again = {kind: forward[kind] for name in names for kind in AGAIN.get(name, ()) if kind in forward}
-        is_experts = "permute" in forward
-        if "layer" in names or ("experts" in names and is_experts) or ("attend" in names and "attention" in forward):
+        is_attention = "attention" in forward
+        whole = (
+            ("layer", "attend")
+            if is_attention
+            else ("layer", "moe", "experts")
+            if "permute" in forward
+            else ("layer", "moe")
+        )
+        if names & set(whole):
             again = dict(forward)
         elif "sac" in names:
             again = {kind: seconds * SAC.get(kind, 1.0) for kind, seconds in forward.items()}
@@ -227,7 +237,7 @@ class Stages:
             (experts, Group.of(job.expert_dp, job.ep * job.etp, self.hardware.devices_per_node), job.expert_dp),
             (others, self._data_group(), job.dp * job.cp),
         )
-        reduce_s = gather_s = update_s = 0.0
+        reduce_s, gather_s, update_s = 0.0, 0.0, self.hardware.step_us * 1e-6
         for parameters, group, ranks in groups:
             if not parameters:
                 continue

@@ -7,6 +7,7 @@ formulas (DeepSeek-V3 table 2; arXiv:2104.04473 for interleaved stages), which e
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import log, sqrt
 
 from dstrain.config.hardware import HardwareConfig
 from dstrain.plan.job import Job
@@ -86,7 +87,8 @@ class Closed:
         there, home = moe.out_ms, moe.home_ms
         forward = max(0.0, there - moe.shared[0]) + home
         backward = max(0.0, there - moe.shared[1] - moe.shared[2]) + home
-        return forward, backward
+        # Others than dstrain send again what they compute again.
+        return forward, backward + (there + home) * ("moe" in self.job.recompute)
 
     def _paired(self) -> float:
         """Of a block: the windows of schedule/overlap.py."""
@@ -191,6 +193,12 @@ def prediction(
 ) -> Prediction:
     """The figures that follow from the times of a step."""
     reduce_ms, update_ms = ends_ms
+    slowest = slowdown(hardware.device_spread, job.gpus)
+    step_ms, compute_ms, bubble_ms = (
+        step_ms + (slowest - 1) * compute_ms,
+        compute_ms,
+        bubble_ms + (slowest - 1) * compute_ms,
+    )
     tokens = job.sequences * job.seq_len / job.gpus
     step_s = step_ms / 1e3
     peak = hardware.peak_bf16_tflops * 1e12
@@ -205,6 +213,11 @@ def prediction(
         mfu=job.model.flops_per_token(job.seq_len) * tokens / step_s / peak if peak else 0.0,
         kinds_ms=kinds_ms,
     )
+
+
+def slowdown(spread: float, devices: int) -> float:
+    """How much longer the slowest of so many devices takes than a typical one, if speeds are normally distributed."""
+    return 1 + spread * sqrt(2 * log(devices)) if devices > 1 else 1.0
 
 
 def predict(job: Job, hardware: HardwareConfig) -> Prediction:
