@@ -1,0 +1,321 @@
+"""What a layer keeps of a micro-batch for its backward pass, tensor by tensor, and what that pass needs beside it.
+
+Counted as autograd keeps it: a product keeps its input, a norm its input, attention its queries, keys, values and
+output, SwiGLU its input. A tensor that two of them keep is there once. What recomputation forgets comes back for one
+layer at a time, and is part of the working memory then.
+
+S tokens of a micro-batch where tensor parallelism spreads them, T where it spreads widths; D hidden, F inner width,
+R rows that come to the experts of a rank.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from dstrain.plan.job import Job
+from dstrain.plan.network import router_key, visited
+
+# Scales: FP32 for 128 values of fp8_block, as UE8M0 for 32 of mxfp8.
+FP8_BYTES = {"fp8_block": 1 + 4 / 128, "mxfp8": 1 + 1 / 32, "fp8_tensor": 1.0}
+# Of the input of attention's output projection, kept in 12 bits (DeepSeek-V3 section 3.3.2).
+E5M6_BYTES = 1.5 + 4 / 128
+# Of a row: its number (int64) and its weight (FP32).
+ROW_BYTES = 12
+# Of a token and expert: logits, scores and their gradients' way back in FP32, and what chooses among them.
+ROUTER_BYTES = 12
+# FP32: sum of exponentials of each query and head.
+SOFTMAX_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Library:
+    """In what frameworks differ, memory being all they agree on otherwise."""
+
+    name: str
+    # Of a logit: kept for the backward pass, and used by it beside that; freed before it without others having room
+    # for what follows in the hole.
+    logit_bytes: int
+    logit_work_bytes: int
+    logit_hole_bytes: int
+    # An empty gradient for each shape of weights lives on: products add to the sum themselves, and autograd wants one.
+    placeholders: bool = False
+    # The output of a norm is forgotten with the norm, instead of what lies within it.
+    forgets_normed: bool = False
+    # Values are as wide as keys in the core of attention, and so is its output.
+    pads_values: bool = False
+    # FP8 products keep inputs in FP8, and quantise a weight once a step, both ways round.
+    keeps_fp8: bool = True
+    # Outputs and gradients that a stage is ready to receive beside those in use.
+    receives_ahead: int = 0
+    # Every micro-batch has a buffer for its gradient, and its output stays until then (torch.distributed.pipelining).
+    keeps_outputs: bool = False
+    # What travels is packed, beside what it is packed from.
+    packs: bool = False
+
+    @staticmethod
+    def of(source: str) -> "Library":
+        """Of a published run, by where it was published: Megatron-Core where nothing else is known."""
+        return TORCHTITAN if "torchtitan" in source or "llm-foundry" in source else MEGATRON
+
+
+# Log-probabilities in FP32; from there the gradients of both their parts. BF16 logits are freed before.
+DSTRAIN = Library("dstrain", 4, 8, 2, pads_values=True, receives_ahead=2, packs=True)
+# Transformer Engine: cross entropy writes the gradient over the BF16 logits (docs of te.parallel_cross_entropy).
+MEGATRON = Library("Megatron-Core", 2, 0, 0, placeholders=True, forgets_normed=True)
+# FP8 products of torchao take, and keep, BF16.
+TORCHTITAN = Library("torchtitan", 4, 8, 2, keeps_fp8=False, keeps_outputs=True)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of a micro-batch."""
+
+    # From its forward pass until the gradient of its input is there.
+    live: float
+    # From there until the weight gradient, where that is put off: inputs of products and gradients of their outputs.
+    pending: float
+    # The most that its backward pass needs beside.
+    working: float
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor that the backward pass wants."""
+
+    num_bytes: float
+    # Names of `Job.recompute` that forget it.
+    forgotten_by: frozenset[str] = frozenset()
+
+
+def _saved(num_bytes: float, forgotten_by: str = "") -> Saved:
+    return Saved(num_bytes, frozenset(forgotten_by.split()))
+
+
+class Activations:
+    """Of a job's layers, embedding and head. `composed`: norms are composed of FP32 operations, as on a CPU."""
+
+    def __init__(self, job: Job, library: Library, *, composed: bool = False):
+        self.job, self.library, self.model = job, library, job.model
+        self.composed = composed
+        self.value = 4 if job.products == "float32" else 2
+        narrow = FP8_BYTES.get(job.products) if library.keeps_fp8 else None
+        self.is_narrow = narrow is not None
+        # Of a value that a product keeps.
+        self.input = narrow or self.value
+        self.spread = job.tokens / job.tp if job.sequence_parallel and job.tp > 1 else job.tokens
+        # A tensor of the residual stream, in elements.
+        self.stream = self.spread * self.model.hidden
+
+    # -- what a layer keeps -------------------------------------------------------------------------------------------
+
+    def _norm(self, elements: float, value: float, *, beside: str = "") -> Iterator[Saved]:
+        """The input of a norm, which the residual stream passes as well."""
+        if self.composed and "norm" not in self.job.recompute:
+            # x and x / rms in FP32.
+            yield _saved(elements * 8, f"norm {beside}")
+        else:
+            yield _saved(elements * value, beside)
+
+    def _normed(self) -> str:
+        """What forgets the output of a norm, a product's input."""
+        return "norm sac" if self.library.forgets_normed else "sac"
+
+    @cached_property
+    def attention(self) -> list[Saved]:
+        """From the input of the layer to what is added to it."""
+        job, model = self.job, self.model
+        tokens, heads = job.tokens, model.heads / job.tp
+        whole = "layer attend"
+        found = [*self._norm(self.stream, self.value), _saved(self.stream * self.input, f"{self._normed()} {whole}")]
+        if self.composed and "norm" not in job.recompute and job.recompute & {"layer", "attend"}:
+            found.append(_saved(self.stream * self.value))
+        if model.is_mla:
+            found += self._latents(whole)
+        queries, keys = heads * model.qk_dim, model.kv_heads / job.tp * model.qk_dim
+        v_dim = model.qk_dim if self.library.pads_values else model.v_dim
+        values = model.kv_heads / job.tp * v_dim
+        up = f"mla_up core {whole}" if model.is_mla else whole
+        found.append(_saved(tokens * queries * self.value, f"mla_up {whole}"))
+        found.append(_saved(tokens * keys * self.value, f"mla_up sac {whole}"))
+        found.append(_saved(tokens * values * self.value, f"mla_up {whole}"))
+        if job.flash:
+            found.append(_saved(tokens * heads * SOFTMAX_BYTES, f"mla_up core {whole}"))
+        else:
+            # Scores before and after dropout, and its mask (arXiv:2205.05198, 5 a s^2 b).
+            found.append(_saved(tokens * heads * job.seq_len * 5, f"core {whole}"))
+        padded = self.library.pads_values and model.v_dim < model.qk_dim
+        if padded or self.is_narrow or job.cp > 1:
+            # Attention's own output is not what the projection keeps: it is cut, rounded, or sent on to the ranks that
+            # hold the tokens.
+            found.append(_saved(tokens * heads * v_dim * self.value, up))
+        narrow = E5M6_BYTES if self.is_narrow and job.products == "fp8_block" else self.input
+        found.append(_saved(tokens * heads * model.v_dim * narrow, whole))
+        return found
+
+    def _latents(self, whole: str) -> Iterator[Saved]:
+        """Of MLA: what is compressed, before and behind the norm; the latents are not cut by tensors."""
+        model = self.model
+        for width in (model.q_rank, model.kv_rank):
+            if width:
+                yield from self._norm(self.spread * width, self.value, beside=whole)
+                yield _saved(self.spread * width * self.input, f"{self._normed()} {whole}")
+        yield _saved(self.spread * model.rope_dim * self.value, whole)
+
+    def ffn(self, width: float, *, forgotten: str) -> list[Saved]:
+        """A dense network of that inner width, its input apart."""
+        tokens = self.job.tokens
+        upper = tokens * width * self.input / self.job.tp
+        found = [_saved(upper, forgotten)]
+        if self.model.gated:
+            found.append(_saved(upper, f"sac {forgotten}"))
+        if not self.is_narrow:
+            # Otherwise computed again in any case.
+            found.append(_saved(upper, f"swiglu sac {forgotten}"))
+        return found
+
+    @cached_property
+    def second(self) -> list[Saved]:
+        """The residual stream before the second half, and its norm."""
+        return [
+            *self._norm(self.stream, self.value, beside="layer sac"),
+            _saved(self.stream * self.input, f"{self._normed()} layer"),
+        ]
+
+    @cached_property
+    def dense_layer(self) -> list[Saved]:
+        found = [*self.attention, *self.second, *self.ffn(self.model.ffn, forgotten="layer")]
+        if "sac" in self.job.recompute and self.job.unfused > 1:
+            # The last product's output is kept because it is one; a compiler sees that nobody wants it.
+            found.append(_saved(self.stream * self.value))
+        return found
+
+    @cached_property
+    def moe_layer(self) -> list[Saved]:
+        job, model = self.job, self.model
+        found = [*self.attention, *self.second, _saved(self.spread * model.experts * ROUTER_BYTES, "layer")]
+        if self.is_narrow:
+            # The router takes the norm's output as it is.
+            found.append(_saved(self.stream * self.value, "norm layer"))
+        if "layer" in job.recompute and self.library is DSTRAIN:
+            # The shared expert is a piece of its own: the stream and its norm before it.
+            found.append(_saved(2 * self.stream * self.value))
+        found += self.ffn(model.shared_ffn, forgotten="layer") if model.shared_ffn else []
+        return found + self.experts
+
+    @cached_property
+    def rows(self) -> float:
+        """That come to the experts of the most loaded rank."""
+        return self.spread * self.model.experts_per_token * self.job.etp * self.job.skew
+
+    @cached_property
+    def experts(self) -> list[Saved]:
+        job, model = self.job, self.model
+        inner = self.rows * model.expert_ffn / job.etp * self.input
+        whole = "layer experts moe"
+        found = [_saved(self._arrived, "moe"), _saved(self.rows * ROW_BYTES)]
+        found.append(_saved(2 * inner if model.gated else inner, whole))
+        if not self.is_narrow:
+            found.append(_saved(inner, f"swiglu {whole}"))
+        return found
+
+    @property
+    def _arrived(self) -> float:
+        """Rows that experts take. In FP8 they stay as they came, one for all experts of a rank, unless these are run
+        again as a whole."""
+        each = self.model.hidden * self.input
+        if not self.is_narrow or self.job.recompute & {"layer", "experts"} or self.job.dispatcher == "alltoall":
+            return self.rows * each
+        places = visited(router_key(self.model), self.job.ep)
+        return self.rows * each * places / self.model.experts_per_token
+
+    # -- sums ---------------------------------------------------------------------------------------------------------
+
+    def sums(self, saved: list[Saved]) -> tuple[float, float]:
+        """What is kept, and what comes back when the backward pass needs it."""
+        names = self.job.recompute
+        total = sum(one.num_bytes for one in saved)
+        kept = sum(one.num_bytes for one in saved if not one.forgotten_by & names)
+        return kept, total - kept
+
+    @cached_property
+    def dense(self) -> Kept:
+        if not (self.model.dense_layers or not self.model.experts):
+            return Kept(0.0, 0.0, 0.0)
+        kept, forgotten = self.sums(self.dense_layer)
+        inner = self.job.tokens * self.model.ffn / self.job.tp * self.value
+        # Gradients of the stream and of the activation's input.
+        working = self.stream * self.value + inner * (2 if self.model.gated else 1) + self._gathered
+        weights = [*self._attention_weights, self.model.hidden * self.model.ffn * self.model.matrices_of_ffn]
+        return Kept(kept, self._pending(inner, 0.0), working + forgotten + self._weight_gradient(weights))
+
+    @cached_property
+    def moe(self) -> Kept:
+        model, job = self.model, self.job
+        if not model.experts:
+            return Kept(0.0, 0.0, 0.0)
+        kept, forgotten = self.sums(self.moe_layer)
+        rows = self.rows * model.hidden * self.value
+        # Gradients of the stream, and of rows before and behind a step of their way.
+        working = 2 * self.stream * self.value + 2 * rows + self._gathered
+        held = model.experts / job.ep
+        weights = [*self._attention_weights, held * model.hidden * model.expert_ffn / job.etp * 2]
+        shared = job.tokens * model.shared_ffn / job.tp * self.value
+        experts = self.rows * model.expert_ffn / job.etp * self.value
+        pending = self._pending(shared, 0.0) + 3 * experts + 2 * rows + self._arrived
+        return Kept(kept, pending, working + forgotten + self._weight_gradient(weights))
+
+    @property
+    def _gathered(self) -> float:
+        """Where tensor parallelism spreads tokens, a gradient and an input of all of them."""
+        gathers = self.job.sequence_parallel and self.job.tp > 1
+        return 2 * self.job.tokens * self.model.hidden * self.value if gathers else 0.0
+
+    @property
+    def _attention_weights(self) -> list[float]:
+        return [out * wide for out, wide in self.model.attention_matrices]
+
+    def _weight_gradient(self, sizes: list[float]) -> float:
+        """The largest one, before it is added to the sum: FP32 of FP8 products."""
+        if self.library.placeholders:
+            return 0.0
+        return max(sizes) / self.job.tp * (4 if self.is_narrow else self.value)
+
+    def _pending(self, inner: float, rows: float) -> float:
+        """Inputs of a layer's products and the gradients of their outputs, its dense network `inner` bytes wide."""
+        model, job = self.model, self.job
+        gated = 2 if model.gated else 1
+        out = sum(wide for wide, _ in model.attention_matrices) * job.tokens / job.tp * self.value
+        into = sum(wide for _, wide in model.attention_matrices[1:]) * job.tokens / job.tp * self.input
+        return out + into + 2 * self.stream * self.input + self.stream * self.value + inner * (gated + 1) + rows
+
+    # -- ends of the model --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def logits(self) -> float:
+        """Of a micro-batch, kept for the backward pass; the head and each MTP module have some."""
+        return self._logit_count * self.library.logit_bytes * (1 + self.model.mtp)
+
+    @cached_property
+    def holes(self) -> float:
+        return self._logit_count * self.library.logit_hole_bytes
+
+    @property
+    def _logit_count(self) -> float:
+        return self.job.tokens * self.model.vocab / self.job.tp
+
+    @cached_property
+    def head(self) -> Kept:
+        """The last norm and the products of head and MTP modules; logits are counted apart."""
+        norms = sum(one.num_bytes for one in self._norm(self.stream, self.value)) + self.stream * self.value
+        # A module joins two normed streams before its layer.
+        mtp = self.model.mtp * (3 * norms + 2 * self.stream * self.input)
+        table = self.model.embedding_weights / self.job.tp * self.value
+        work = self._logit_count * self.library.logit_work_bytes
+        if not self.library.placeholders:
+            work = max(work, self._logit_count * self.value + table)
+        return Kept(norms + mtp, 0.0, work + self.stream * self.value + self._gathered)
+
+    @cached_property
+    def embedding(self) -> Kept:
+        """Its gradient is as large as the table, at the end of a backward pass."""
+        return Kept(0.0, 0.0, self.model.embedding_weights / self.job.tp * self.value)

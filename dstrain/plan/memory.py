@@ -1,0 +1,350 @@
+"""The memory of a job, by pipeline rank: of its data ranks the one that needs most.
+
+    allocated   weights, gradients, optimiser, activations, logits, buffers, workspace: what torch calls the peak of
+                allocated memory
+    reserved    with what its allocator can't use between them: the peak of reserved memory
+    total       with what lies outside of it: the context of the device, and buffers of NCCL
+
+The peak of a rank is the worst moment of its pipeline's table (in_flight.py): what all micro-batches keep then, with
+what the backward pass that begins needs beside.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+from dstrain.config.hardware import HardwareConfig
+from dstrain.plan.activations import DSTRAIN, FP8_BYTES, TORCHTITAN, Activations, Library
+from dstrain.plan.in_flight import Moment, Peaks, alone, peaks
+from dstrain.plan.job import Job
+from dstrain.plan.network import router_key, visited
+from dstrain.plan.stages import Shape, Stages, weights_of
+from dstrain.plan.traffic import row_bytes
+from dstrain.schedule.pipeline import Layout
+from dstrain.schedule.pipelines.choose import layout
+
+GIB = 2**30
+MIB = 2**20
+# Of each library of products and each stream that uses it (cuBLAS on Hopper; Transformer Engine takes the same).
+WORKSPACE_MIB = 32
+# Streams of grouped products, each with its own.
+GROUPED_STREAMS = 4
+# Reserved over allocated memory, less one: the median of 18 runs of Megatron-LM on B200, from 1.03 to 1.07 (SimuMax,
+# docs/b200/b200_release_v1.2_summary.json).
+FRAGMENTATION = 0.05
+# Of a CUDA context with its kernels, and of NCCL for a group of ranks: assumed.
+CONTEXT_GIB = 0.5
+GROUP_GIB = 0.25
+# Of DeepEP at 7168 channels in BF16 (its Config's size hints): inside a node, up to 8 and from 16 nodes on, and over
+# the network for each node.
+DEEPEP_HIDDEN = 7168
+DEEPEP_NODE_MIB, DEEPEP_NODES_MIB, DEEPEP_MANY_NODES_MIB, DEEPEP_NETWORK_MIB = 384, 432, 840, 48
+# Gradients on their way: this many buckets (engine.bucket_mib), in FP32.
+BUCKETS, BUCKET_MIB = 2, 32
+# A scale in FP32 for 256 values.
+INT8_BYTES = 1 + 4 / 256
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Of a pipeline rank at its peak."""
+
+    rank: int
+    # With FP8 copies of those that multiply in FP8.
+    weights_gib: float
+    gradients_gib: float
+    # Master weights and moments.
+    optimizer_gib: float
+    # What micro-batches keep, and what the backward pass that runs needs beside.
+    activations_gib: float
+    working_gib: float
+    logits_gib: float
+    # Tokens, outputs of stages, gradients and weights on their way.
+    buffers_gib: float
+    # Of libraries.
+    workspace_gib: float
+    # Reserved and not used.
+    fragmentation_gib: float
+    # Outside of torch's allocator.
+    context_gib: float
+
+    @property
+    def parts_gib(self) -> dict[str, float]:
+        """By name; they add up to the total."""
+        return {field.name.removesuffix("_gib"): getattr(self, field.name) for field in fields(self)[1:]}
+
+    @property
+    def allocated_gib(self) -> float:
+        """What torch.cuda.max_memory_allocated says."""
+        return self.reserved_gib - self.fragmentation_gib
+
+    @property
+    def reserved_gib(self) -> float:
+        """What torch.cuda.max_memory_reserved says."""
+        return self.total_gib - self.context_gib
+
+    @property
+    def total_gib(self) -> float:
+        """What the device has to have."""
+        return sum(self.parts_gib.values())
+
+
+def rank_memory(
+    job: Job,
+    hardware: HardwareConfig,
+    library: Library = DSTRAIN,
+    *,
+    shapes: Sequence[Shape] | None = None,
+    exact: bool = False,
+) -> tuple[RankMemory, ...]:
+    """By pipeline rank. `shapes`: what the stages hold, planned for the machine where the job doesn't say it; `exact`
+    walks all micro-batches of the step, which find the same peaks in more time."""
+    return _Memory(job, hardware, library, shapes).ranks(exact)
+
+
+class _Memory:
+    def __init__(self, job: Job, hardware: HardwareConfig, library: Library, shapes: Sequence[Shape] | None):
+        self.job, self.hardware, self.library, self.model = job, hardware, library, job.model
+        # Without multiprocessors it is a CPU.
+        self.is_gpu = hardware.multiprocessors > 0
+        self.shapes = shapes if shapes is not None else Stages(job, hardware).shapes
+        self.layout = layout(job.pipeline, job.pp, job.chunks) if job.pp > 1 else Layout(((0,),))
+        self.kept = Activations(job, library, composed=not self.is_gpu)
+
+    def ranks(self, exact: bool) -> tuple[RankMemory, ...]:
+        job, held = self.job, self.layout.held
+        if job.pp > 1:
+            found: Peaks = peaks(job.pipeline, job.pp, job.chunks, job.micro_batches, job.overlap, exact=exact)
+        else:
+            found = alone(max(1, min(job.in_flight, job.micro_batches)))
+        return tuple(self._rank(n, own, moments) for n, (own, moments) in enumerate(zip(held, found, strict=True)))
+
+    def _rank(self, rank: int, own: Sequence[int], moments: Sequence[Moment]) -> RankMemory:
+        stages = [self.by_shape[self.shapes[n]] for n in own]
+        activations, working, logits = max((_used(moment, stages) for moment in moments), key=sum)
+        buffers = self.buffers + (self.table_gathers if self._has_ends(own) else 0.0)
+        workspace = self.workspace + self._placeholders([self.shapes[n] for n in own])
+        weights, gradients, optimizer = self._state([self.shapes[n] for n in own])
+        allocated = weights + gradients + optimizer + activations + working + logits + buffers + workspace
+        holes = self.kept.holes if any(self.shapes[n].is_last for n in own) else 0.0
+        return RankMemory(
+            rank=rank,
+            weights_gib=weights / GIB,
+            gradients_gib=gradients / GIB,
+            optimizer_gib=optimizer / GIB,
+            activations_gib=activations / GIB,
+            working_gib=working / GIB,
+            logits_gib=logits / GIB,
+            buffers_gib=buffers / GIB,
+            workspace_gib=workspace / GIB,
+            fragmentation_gib=(holes + allocated * FRAGMENTATION) / GIB if self.is_gpu else 0.0,
+            context_gib=self._context_gib,
+        )
+
+    def _has_ends(self, own: Sequence[int]) -> bool:
+        return any(self.shapes[n].is_first or self.shapes[n].is_last for n in own)
+
+    # -- weights, gradients, optimiser --------------------------------------------------------------------------------
+
+    def _state(self, shapes: Sequence[Shape]) -> tuple[float, float, float]:
+        """Bytes of a rank that holds these stages."""
+        job = self.job
+        weights = gradients = optimizer = 0.0
+        for count, products, ranks in self._parameters(shapes):
+            shared = ranks if job.zero else 1
+            moment = INT8_BYTES if job.moment_bytes == 1 else job.moment_bytes
+            optimizer += count / shared * (job.master_bytes + 2 * moment)
+            whole = ranks if job.zero == 3 else 1
+            gradients += count / whole * job.grad_bytes
+            # Sharded weights are the master weights.
+            weights += 0.0 if job.zero == 3 else count * self.kept.value
+            weights += products * self._fp8_copies
+        return weights, gradients, optimizer
+
+    @property
+    def _fp8_copies(self) -> float:
+        """Bytes of a weight of FP8 products beside it: as it is and transposed."""
+        held = self.job.products in FP8_BYTES and self.library.keeps_fp8 and self.is_gpu
+        return 2.0 if held else 0.0
+
+    def _parameters(self, shapes: Sequence[Shape]) -> Iterator[tuple[float, float, int]]:
+        """Of a rank: parameters, those of them in products that may be FP8, and the ranks that share their state."""
+        job, copies = self.job, self.layout.copies
+        experts = sum(self._experts(shape) for shape in shapes)
+        yield experts, experts, job.expert_dp * copies
+        dense = [self._dense(shape) for shape in shapes]
+        yield sum(all_ for all_, _ in dense), sum(products for _, products in dense), job.dp * job.cp * copies
+        tables = set().union(*map(self._tables, shapes))
+        table = self.model.embedding_weights / job.tp
+        # An embedding that both ends use is shared by the ranks of both.
+        both = self._embeds_at_end and job.pp > 1 and not all(map(tables.__contains__, ("embedding", "head")))
+        for name in tables:
+            ends = 2 if name == "embedding" and both and copies == 1 and not _is_whole(shapes) else 1
+            yield table, 0.0, job.dp * job.cp * copies * ends
+
+    @property
+    def _embeds_at_end(self) -> bool:
+        return self.model.tied or self.model.mtp > 0
+
+    def _tables(self, shape: Shape) -> set[str]:
+        """The embedding and the head that a stage uses."""
+        found = {"embedding"} if shape.is_first or (shape.is_last and self._embeds_at_end) else set()
+        return found | ({"head"} if shape.is_last and not self.model.tied else set())
+
+    def _moe(self, shape: Shape) -> int:
+        return shape.moe + (self.model.mtp if shape.is_last and self.model.experts else 0)
+
+    def _experts(self, shape: Shape) -> float:
+        job, model = self.job, self.model
+        return self._moe(shape) * model.experts * model.expert_weights / (job.ep * job.etp)
+
+    def _dense(self, shape: Shape) -> tuple[float, float]:
+        """Everything but experts and tables; and of it, what is multiplied outside of the router."""
+        job, model = self.job, self.model
+        moe = self._moe(shape)
+        router = model.experts * model.hidden
+        norms = (shape.dense + moe) * model.norm_weights + (model.hidden if shape.is_last else 0)
+        products = (shape.dense * weights_of(model, is_moe=False) + moe * weights_of(model, is_moe=True)) - (
+            (shape.dense + moe) * model.norm_weights + moe * router
+        )
+        if shape.is_last and model.mtp:
+            products += model.mtp * 2 * model.hidden**2
+            norms += model.mtp * 3 * model.hidden
+        return products / job.tp + moe * router + norms, products / job.tp
+
+    # -- activations --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def by_shape(self) -> dict[Shape, "StageKept"]:
+        return {shape: self._stage(shape) for shape in set(self.shapes)}
+
+    def _stage(self, shape: Shape) -> "StageKept":
+        kept, moe = self.kept, self._moe(shape)
+        layers = shape.dense * kept.dense.live + moe * kept.moe.live
+        head = kept.head.live if shape.is_last else 0.0
+        logits = kept.logits if shape.is_last else 0.0
+        pending = shape.dense * kept.dense.pending + moe * kept.moe.pending
+        # The backward pass begins at the end, with everything there; what it has passed is gone.
+        working = [kept.moe.working if moe else kept.dense.working]
+        working += [kept.dense.working - moe * kept.moe.live] if shape.dense and moe else []
+        working = [need - head - logits for need in working]
+        working += [kept.head.working] if shape.is_last else []
+        working += [kept.embedding.working - layers - head - logits] if shape.is_first else []
+        outputs = kept.stream * kept.value if self.library.keeps_outputs and not shape.is_last else 0.0
+        return StageKept(layers + head + outputs, logits, pending, max(0.0, *working))
+
+    # -- buffers and libraries ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def buffers(self) -> float:
+        job, kept = self.job, self.kept
+        receives = self.library.receives_ahead
+        if self.library.keeps_outputs:
+            receives += job.micro_batches * job.num_stages // job.pp
+        found = receives * kept.stream * kept.value if job.pp > 1 else 0.0
+        if job.ep > 1 and self.model.experts:
+            found += self._exchanged
+        if job.zero == 3:
+            found += self._gathers(self._largest_layer)
+        elif self.library is TORCHTITAN:
+            # Gradients of two layers, copied to where they are summed.
+            found += 2 * self._largest_layer * job.grad_wire_bytes
+        elif self.library.packs and job.dp * job.cp > 1:
+            found += BUCKETS * BUCKET_MIB * MIB
+        return found
+
+    @property
+    def _exchanged(self) -> float:
+        """Of tokens on their way, packed, at both ends; of two micro-batches at once where they overlap."""
+        job, model = self.job, self.model
+        if job.dispatcher == "deepep":
+            return _deepep_mib(job.ep, self.hardware.devices_per_node) * model.hidden / DEEPEP_HIDDEN * MIB
+        if not self.library.packs or job.dispatcher == "local":
+            return 0.0
+        rows = model.experts_per_token
+        visits = rows if job.dispatcher == "alltoall" else visited(router_key(model), job.ep)
+        each = max(row_bytes(job.wire, model.hidden), model.hidden * self.kept.value)
+        return 2 * self.kept.spread * visits * job.skew * each * (2 if job.overlap else 1)
+
+    @property
+    def _largest_layer(self) -> float:
+        model, job = self.model, self.job
+        is_moe = model.experts > 0
+        experts = model.experts * model.expert_weights / (job.ep * job.etp) if is_moe else 0.0
+        return weights_of(model, is_moe=is_moe) / job.tp + experts
+
+    def _gathers(self, weights: float) -> float:
+        """Of sharded weights: those of two layers, and the gradients of one, as they are made and as they travel."""
+        job = self.job
+        return weights * (2 * job.gather_bytes + self.kept.value + job.grad_wire_bytes)
+
+    @property
+    def table_gathers(self) -> float:
+        """The same of the head, while it is used."""
+        if self.job.zero != 3:
+            return 0.0
+        extra = self.model.embedding_weights / self.job.tp - self._largest_layer
+        return max(0.0, extra) * (self.job.gather_bytes + self.kept.value + self.job.grad_wire_bytes)
+
+    @property
+    def workspace(self) -> float:
+        if not self.is_gpu:
+            return 0.0
+        streams = 1 + self.library.placeholders + (GROUPED_STREAMS if self.model.experts else 0)
+        return streams * WORKSPACE_MIB * MIB
+
+    def _placeholders(self, shapes: Sequence[Shape]) -> float:
+        """An empty gradient of each shape of weights."""
+        if not self.library.placeholders:
+            return 0.0
+        model, job = self.model, self.job
+        found: set[tuple[float, float]] = {(out / job.tp, wide) for out, wide in model.attention_matrices}
+        up = 2 if model.gated else 1
+        widths = [model.ffn / job.tp] if any(shape.dense for shape in shapes) else []
+        if any(map(self._moe, shapes)):
+            widths += [model.shared_ffn / job.tp, model.expert_ffn / job.etp]
+        for width in widths:
+            found |= {(up * width, model.hidden), (model.hidden, width)}
+        if any(shape.is_last for shape in shapes):
+            found.add((model.vocab / job.tp, model.hidden))
+        return sum(out * wide for out, wide in found) * self.kept.value
+
+    @property
+    def _context_gib(self) -> float:
+        if not self.is_gpu:
+            return 0.0
+        job = self.job
+        groups = sum(size > 1 for size in (job.tp, job.cp, job.pp, job.ep, job.dp, job.expert_dp))
+        return CONTEXT_GIB + groups * GROUP_GIB
+
+
+@dataclass(frozen=True)
+class StageKept:
+    """Bytes of a micro-batch on a stage."""
+
+    live: float
+    logits: float
+    pending: float
+    working: float
+
+
+def _used(moment: Moment, stages: Sequence[StageKept]) -> tuple[float, float, float]:
+    """Bytes of activations, working memory and logits."""
+    activations = logits = 0.0
+    for live, pending, stage in zip(moment.live, moment.pending, stages, strict=True):
+        activations += live * stage.live + pending * stage.pending
+        logits += live * stage.logits
+    return activations, 0.0 if moment.working is None else stages[moment.working].working, logits
+
+
+def _is_whole(shapes: Sequence[Shape]) -> bool:
+    """Whether a rank has both ends of the model."""
+    return any(shape.is_first for shape in shapes) and any(shape.is_last for shape in shapes)
+
+
+def _deepep_mib(ranks: int, per_node: int) -> float:
+    nodes = -(-ranks // per_node)
+    if nodes == 1:
+        return DEEPEP_NODE_MIB
+    inside = DEEPEP_NODES_MIB if nodes <= 8 else DEEPEP_MANY_NODES_MIB
+    return inside + DEEPEP_NETWORK_MIB * nodes
