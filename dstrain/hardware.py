@@ -20,8 +20,8 @@ from dstrain.errors import ConfigError, UserError
 
 # How far nine of ten constants are off, as a share of their value, by what is known about them. Judged, not fitted to
 # whole steps: peaks and links hold to the clock of a board. What a board reached with one version of a library is
-# several percent off with the next. A step's constants hold for that step's program, and a guess is one. (SimuMax's B200s
-# differ from others by far more, and so have a file of their own.)
+# several percent off with the next. A step's constants hold for that step's program, and a guess is one. (The B200s of
+# SimuMax differ from others by far more, and so have a file of their own.)
 SPREAD = {"specification": 0.02, "calibration": 0.04, "benchmark": 0.07, "trace": 0.1, "assumed": 0.2}
 
 # Of a GPU's name, what tells none from another: "A100-SXM4-80GB", "H100 80GB HBM3".

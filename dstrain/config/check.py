@@ -22,6 +22,7 @@ from dstrain.config.commands import (
     VerifyRoot,
 )
 from dstrain.config.keys import keys
+from dstrain.config.machine import check_hardware
 from dstrain.config.model import check_model
 from dstrain.config.pipeline import (
     check_batches,
@@ -182,10 +183,9 @@ def check_machine(config: Config) -> None:
     )
     one_of(config, "metrics.wandb", "disabled", "offline", "online")
     at_least(config, 1, "engine.bucket_mib", "checkpoint.keep_last", "metrics.console_every_steps")
-    at_least(config, 1, "metrics.moe_every_steps", "hardware.devices_per_node")
-    at_least(config, 0, "checkpoint.every_steps", "checkpoint.keep_every_steps", "hardware.peak_bf16_tflops")
-    at_least(config, 0, "hardware.memory_gib", "hardware.intra_node_gbytes_per_s", "hardware.inter_node_gbytes_per_s")
-    at_least(config, 0, "hardware.intra_node_latency_us", "hardware.inter_node_latency_us")
+    at_least(config, 1, "metrics.moe_every_steps")
+    at_least(config, 0, "checkpoint.every_steps", "checkpoint.keep_every_steps")
+    check_hardware(config.hardware)
 
 
 def check_data(config: Config | TokenizeRoot) -> None:

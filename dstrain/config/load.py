@@ -33,6 +33,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from dstrain.config import bench, check, commands
+from dstrain.config.directory import conf_dir
 from dstrain.config.keys import Key, is_node, keys, nearest, sections
 from dstrain.config.schema import Config
 from dstrain.errors import ConfigError, UserError
@@ -61,12 +62,6 @@ INSTEAD = {
 
 _OVERRIDE = re.compile(r"(?P<sign>\+{0,2}|~)(?P<key>[\w.]+)=(?P<value>.*)", re.DOTALL)
 _VERSION_BASE = "1.3"
-
-
-def conf_dir() -> Path:
-    """The YAML tree: inside the package once installed from a wheel, beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
 def run(command: str, arguments: Sequence[str], task: Callable[[Any], None]) -> None:
