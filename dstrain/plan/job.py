@@ -39,6 +39,8 @@ class Job:
     split: tuple[int, ...] = ()
     # Transfers of tokens run under the compute of another micro-batch.
     overlap: bool = False
+    # Weight gradients are put off until a transfer is under way, or the pipeline has a gap.
+    splits_weights: bool = True
     # Micro-batches between their forward and their backward pass where there is no pipeline.
     in_flight: int = 1
     # bf16 | float32 | fp8_tensor (one scale a tensor) | fp8_block (tiles and blocks of 128) | mxfp8

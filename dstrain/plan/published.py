@@ -255,6 +255,7 @@ def job_of_row(row: Row) -> Job:
         chunks=chunks,
         split=tuple(config.get("split", ())),
         overlap=config.get("ep_overlap") == "pair" or config.get("sched") == "dualpipe" or row.metric == "pair_ms",
+        splits_weights=row.metric == "pair_ms" or "ep_overlap" in config or config.get("sched") in ("dualpipe", "zb1p"),
         in_flight=2 if row.metric == "pair_ms" else 1,
         products=_word(row, "prec", PRODUCTS, "bf16"),
         dispatcher=_word(row, "dispatcher", DISPATCHERS, "deepep"),

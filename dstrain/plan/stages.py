@@ -3,7 +3,7 @@
 `step_times` is what both forms of a prediction start from: step.py sums it up, simulation.py plays the table with it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -171,22 +171,27 @@ class Stages:
         """By phase: dense layers come before those with experts."""
         before, behind = self.ends(shape)
         if not self.spreads:
-            passes = self.passes(shape)
-            return Costs({(work, Phase.ATTEND, 0): ms for work, ms in zip(Pass, passes, strict=True)}, {})
+            return Costs(dict(self._by_pass(Phase.ATTEND, 0, self.passes(shape))), {})
         blocks = shape.moe + self._mtp_layers(shape)
         stretches = [self.moe.attend] * blocks + [behind]
         dense = [self.dense.passes] * shape.dense if shape.dense else []
         stretches[0] = summed([stretches[0], before, *dense])
-        compute_ms = {
-            (w, Phase.ATTEND, n): ms for n, each in enumerate(stretches) for w, ms in zip(Pass, each, strict=True)
-        }
+        compute_ms = {}
+        for n, each in enumerate(stretches):
+            compute_ms |= dict(self._by_pass(Phase.ATTEND, n, each))
         transfer_ms = {}
         for n in range(blocks):
-            for phase, each in ((Phase.SHARED, self.moe.shared), (Phase.EXPERTS, self.moe.experts)):
-                compute_ms |= {(w, phase, n): ms for w, ms in zip(Pass, each, strict=True)}
+            compute_ms |= dict(self._by_pass(Phase.SHARED, n, self.moe.shared))
+            compute_ms |= dict(self._by_pass(Phase.EXPERTS, n, self.moe.experts))
             transfer_ms[Pass.FORWARD, "dispatch", n] = transfer_ms[Pass.BACKWARD, "combine", n] = self.moe.out_ms
             transfer_ms[Pass.FORWARD, "combine", n] = transfer_ms[Pass.BACKWARD, "dispatch", n] = self.moe.home_ms
         return Costs(compute_ms, transfer_ms)
+
+    def _by_pass(self, phase: Phase, block: int, passes: Passes) -> Iterator[tuple[tuple[Pass, Phase, int], float]]:
+        forward, into, weight = passes
+        if not self.job.splits_weights:
+            into, weight = into + weight, 0.0
+        return (((work, phase, block), ms) for work, ms in zip(Pass, (forward, into, weight), strict=True))
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:

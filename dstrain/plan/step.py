@@ -86,7 +86,9 @@ class Closed:
         moe = self.stages.moe
         there, home = moe.out_ms, moe.home_ms
         forward = max(0.0, there - moe.shared[0]) + home
-        backward = max(0.0, there - moe.shared[1] - moe.shared[2]) + home
+        # Under the shared expert's backward pass, and under weight gradients where they stand apart.
+        shadows = (moe.attend[2], moe.experts[2]) if self.job.splits_weights else (0.0, 0.0)
+        backward = max(0.0, there - moe.shared[1] - moe.shared[2] - shadows[0]) + max(0.0, home - shadows[1])
         # Others than dstrain send again what they compute again.
         return forward, backward + (there + home) * ("moe" in self.job.recompute)
 
@@ -117,11 +119,7 @@ class Closed:
         job = self.job
         if job.pipeline in PAIRED or (job.overlap and (job.pp > 1 or job.in_flight > 1)):
             return sums.paired
-        forward, backward = sums.alone
-        if job.overlap:
-            # Weight gradients that stand alone run under transfers.
-            return max(0.0, forward + backward - sums.weight)
-        return forward + backward
+        return sum(sums.alone)
 
     def _bubble_ms(self, own: list[list[Sums]]) -> float:
         job, p = self.job, self.job.pp
