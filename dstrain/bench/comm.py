@@ -58,7 +58,7 @@ def exchanges(config: Config, groups: Groups, everyone: Peers, rounds: int) -> I
             ways = {"dispatch": tokens.dispatch, "combine": tokens.combine, "gradients of both": tokens.backward}
             yield from _timed({f"{kind}: {way}": act for way, act in ways.items()}, groups.ep, everyone, rounds)
     flat = FlatCollectives(groups.trace)
-    for what, peers, elements in _buckets(config, groups):
+    for what, peers, elements in buckets(config, groups):
         bucket = _Bucket(config, flat, peers, elements)
         acts = {f"{what}: gradients": bucket.reduce, f"{what}: parameters": bucket.gather}
         yield from _timed(acts, peers, everyone, rounds)
@@ -73,7 +73,7 @@ def _kinds(config: Config, groups: Groups) -> Sequence[str]:
     return able if named in ("auto", *able) else (*able, named)
 
 
-def _buckets(config: Config, groups: Groups) -> Iterator[tuple[str, Peers, int]]:
+def buckets(config: Config, groups: Groups) -> Iterator[tuple[str, Peers, int]]:
     """What a bucket holds, the ranks that share it, and its elements: one of dense weights, and one of experts."""
     counted = parameters(replace(config.model, vocab_size=config.model.vocab_size or 0))
     limit = config.engine.bucket_mib * 2**20 // 4

@@ -1,6 +1,7 @@
 """The keys of `dstrain bench`, and the rules that span them."""
 
 from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 from pathlib import Path
 
 from dstrain.config.rules import above_zero, at_least, listed, need, one_of
@@ -22,6 +23,21 @@ class CommConfig:
 @dataclass(frozen=True)
 class CommRoot(Config):
     comm: CommConfig = field(default_factory=CommConfig)
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """`dstrain calibrate`: what is written, and how often each thing is timed."""
+
+    # The new hardware file. As hardware/<name>.yaml it is a choice: dstrain plan --config-dir . hardware=<name>.
+    out: str = "hardware/measured.yaml"
+    # Rounds of which the median counts, after one that warms up.
+    rounds: int = 9
+
+
+@dataclass(frozen=True)
+class CalibrateRoot(Config):
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
 
 
 @dataclass(frozen=True)
@@ -111,13 +127,17 @@ def check_comm(config: CommRoot, world_size: int) -> None:
     """What a hardware file needs, besides the rules of a training run."""
     cure = "Start several: torchrun --nproc-per-node 2 -m dstrain bench comm ..."
     need(world_size > 1, ("WORLD_SIZE", world_size), "one process has no links to measure", cure)
+    check_measuring(config, "comm.out", "comm.rounds")
+
+
+def check_measuring(config: Config, out_key: str, rounds_key: str) -> None:
+    """Of what is timed at the sizes of a config, and leaves a hardware file."""
     rule = "it times the exchanges of one pipeline stage"
     need(config.mesh.pp == 1, ("mesh.pp", config.mesh.pp), rule, "Set mesh.pp=1.")
-    at_least(config, 1, "comm.rounds")
-    out = Path(config.comm.out)
-    cure = "Give comm.out=hardware/<name>.yaml."
-    need(out.suffix == ".yaml", ("comm.out", config.comm.out), "a hardware file is YAML", cure)
-    need(not out.exists(), ("comm.out", config.comm.out), "there is such a file", "Remove it, or choose another one.")
+    at_least(config, 1, rounds_key)
+    out = Path(attrgetter(out_key)(config))
+    need(out.suffix == ".yaml", (out_key, out), "a hardware file is YAML", f"Give {out_key}=hardware/<name>.yaml.")
+    need(not out.exists(), (out_key, out), "there is such a file", "Remove it, or choose another one.")
 
 
 def check_fabric(config: FabricRoot) -> None:

@@ -10,7 +10,7 @@ from math import inf
 from operator import attrgetter
 from typing import Any
 
-from dstrain.config.bench import CommRoot, check_comm, check_fabric
+from dstrain.config.bench import CalibrateRoot, CommRoot, check_comm, check_fabric, check_measuring
 from dstrain.config.commands import (
     DryrunRoot,
     ExportRoot,
@@ -76,6 +76,11 @@ def check_training(config: Config, world_size: int) -> None:
 
 def check_bench_comm(config: CommRoot, world_size: int) -> None:
     check_comm(config, world_size)
+    check(config, world_size)
+
+
+def check_calibrate(config: CalibrateRoot, world_size: int) -> None:
+    check_measuring(config, "calibrate.out", "calibrate.rounds")
     check(config, world_size)
 
 
@@ -310,6 +315,9 @@ def check_split(config: SplitRoot) -> None:
 
 
 # By command; `train` takes the world size as well.
+# Of commands that run on a mesh of processes and need no text.
+MEASURING: dict[str, Callable[[Any, int], None]] = {"bench_comm": check_bench_comm, "calibrate": check_calibrate}
+
 CHECKS: dict[str, Callable[[Any], None]] = {
     "verify": check_verify,
     "dryrun": check_dryrun,

@@ -1,12 +1,9 @@
 """`dstrain bench comm`: the links and collectives of a cluster, as a table and as a hardware file."""
 
-import errno
-import json
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dstrain.bench.comm import Exchange, exchanges, speeds
+from dstrain.bench.hardware_file import HardwareFile
 from dstrain.comm.agreement import on_first
 from dstrain.comm.failure import blaming, unless_broken
 from dstrain.comm.probe import Speed
@@ -40,7 +38,7 @@ def run(config: CommRoot) -> None:
         with blaming(place.rank, place.world, groups.trace):
             if groups.world is None:
                 raise UserError("dstrain bench comm needs several processes.")
-            on_first(lambda: _make_room(Path(config.comm.out)), groups.background)
+            on_first(_file(config).make_room, groups.background)
             links = speeds(groups.world)
             measured = list(exchanges(config, groups, groups.world, config.comm.rounds))
             on_first(lambda: _report(config, groups, links, measured), groups.background)
@@ -52,11 +50,13 @@ def _report(config: CommRoot, groups: Groups, links: Mapping[Link, Speed], measu
     console.print(about, highlight=False, soft_wrap=True)
     console.print("\nEvery rank to all its peers of a kind at once, one direction:", _links_table(links), sep="\n")
     console.print("\nAt the sizes of the config, bytes of the busiest rank:", _exchanges_table(measured), sep="\n")
-    path = Path(config.comm.out)
-    write(path, hardware(config.hardware, links, groups), [f"Measured by `dstrain bench comm`, {date.today()}.", about])
-    choice = f"dstrain train --config-dir {path.parent.parent} hardware={path.stem}"
-    use = f" Use it: {choice} ..." if path.parent.name == "hardware" else ""
-    console.print(f"Written: {path}.{use}", highlight=False, soft_wrap=True, markup=False)
+    file = _file(config)
+    file.write(hardware(config.hardware, links, groups), [f"Measured by `dstrain bench comm`, {date.today()}.", about])
+    console.print(f"Written: {file.path}.{file.use('train')}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _file(config: CommRoot) -> HardwareFile:
+    return HardwareFile("comm.out", Path(config.comm.out))
 
 
 def _about(config: CommRoot, groups: Groups) -> str:
@@ -88,31 +88,6 @@ def hardware(given: HardwareConfig, links: Mapping[Link, Speed], groups: Groups)
 def _rounded(speed: Speed) -> tuple[float, float]:
     """GB/s and microseconds, as far as a measurement can be trusted."""
     return float(f"{speed.gbytes_per_s:.3g}"), float(f"{speed.latency_s * 1e6:.3g}")
-
-
-def _make_room(path: Path) -> None:
-    """What can't be written is better known before anything is measured."""
-    with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"comm.out={path} can't be written: {error.strerror}. Choose another place.") from error
-
-
-def write(path: Path, hardware: HardwareConfig, about: Sequence[str]) -> None:
-    """A new file; UserError where it can't be made."""
-    lines = [f"# {line}" for line in about]
-    # What JSON writes for a text or a number is YAML, too.
-    lines += [f"{key}: {json.dumps(value)}" for key, value in asdict(hardware).items()]
-    with _explained(path), path.open("x") as file:
-        file.write("\n".join(lines) + "\n")
 
 
 def _links_table(links: Mapping[Link, Speed]) -> Table:
