@@ -9,14 +9,15 @@
                update waits for all ranks, and weights are gathered under the next forward pass, which waits for them
 
 Beside schedule.simulate.simulate_ranks, which plays every single action, one thing is simpler: where an input comes
-late, the whole slot is shifted and not only what is behind the wait. A framework that doesn't put weight gradients off
+late, the whole slot is shifted and not only what is behind the wait (where links are slower than compute and stages
+uneven, up to a percent too long). A framework that doesn't put weight gradients off
 is described by costs that have them in BACKWARD, and 0 in WEIGHT.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 
 from dstrain.config.hardware import HardwareConfig
 from dstrain.errors import ConfigError
@@ -34,8 +35,8 @@ from dstrain.schedule.simulate import Costs, Interval, Timeline, simulate_slot
 from dstrain.schedule.simulate import simulate as play_table
 from dstrain.schedule.table import peak_in_flight
 
-# The table of a step without a pipeline is played for so many times the micro-batches in flight; those in the middle
-# stand for the rest.
+# The table of a step without a pipeline is played for so many times the micro-batches in flight; the middle stands for
+# the rest.
 PLAYED = 4
 
 
@@ -43,7 +44,7 @@ PLAYED = 4
 class Inside:
     """What happens in a slot of one kind, from its own beginning."""
 
-    # Stages and micro-batches are numbered anew, from 0.
+    # In numbers of its own: `Run.course` says which stage and micro-batch is meant.
     timeline: Timeline
     # By op: when it needs what comes from other ranks, and when it has made what they wait for.
     needs_ms: tuple[float, ...]
@@ -62,6 +63,15 @@ class Run(Span):
     """A slot in time. A weight gradient that fills the transfers of an op is in one slot with it."""
 
     inside: Inside
+
+    def course(self, number: int) -> tuple[int, int]:
+        """(stage, micro-batch) of what has this micro-batch in the timeline: the slot's first and second course, or
+        counted from its only one."""
+        courses = list(_courses(self.slot))
+        if len(courses) > 1:
+            return courses[number]
+        (stage, micro_batch) = courses[0]
+        return stage, micro_batch + number
 
 
 @dataclass(frozen=True)
@@ -89,9 +99,7 @@ class RankPlay:
 class Played:
     """A step of every pipeline rank, and what it ends with."""
 
-    name: str
-    # The stages of every rank.
-    held: tuple[tuple[int, ...], ...]
+    layout: Layout
     ranks: tuple[RankPlay, ...]
     # Until the last rank has computed everything.
     makespan_ms: float
@@ -136,12 +144,12 @@ def play_step(job: Job, times: StepTimes) -> Played:
     blocks = [costs.blocks for costs in times.stages]
     if job.pp == 1 and job.in_flight > 1 and blocks[0]:
         flow, live = _without_pipeline(times.stages[0], job.micro_batches, job.in_flight)
-        return _ended(job, times, Pipeline("", Layout(((0,),)), job.micro_batches, ()), [flow], [live], [0])
+        return _ended(job, times, Layout(((0,),)), [flow], [live], [0])
     travels = tuple(count > 0 for count in blocks)
     program = _program(job.pipeline, job.pp, job.micro_batches, job.chunks, job.overlap, travels)
     runs = _played(program, times, overlap=job.overlap)
-    ranks = program.pipeline.ranks
-    return _ended(job, times, program.pipeline, runs, list(map(peak_live, ranks)), list(map(peak_pending, ranks)))
+    made = program.pipeline
+    return _ended(job, times, made.layout, runs, list(map(peak_live, made.ranks)), list(map(peak_pending, made.ranks)))
 
 
 # -- The pipeline -----------------------------------------------------------------------------------------------------
@@ -271,40 +279,35 @@ def _span(timeline: Timeline, op: Op) -> tuple[float, float]:
 
 
 def _without_pipeline(costs: Costs, micro_batches: int, in_flight: int) -> tuple[list[Run], int]:
-    """A run for each micro-batch, which ends with its backward pass; and how many are live at once."""
+    """A run for each time that as many have ended as are in flight, named by the first of them; and how many are live
+    at once."""
     in_flight = min(in_flight, micro_batches)
-    count = min(micro_batches, PLAYED * in_flight)
-    table = fixed(costs.blocks, count, in_flight)
+    rounds, rest = divmod(micro_batches, in_flight)
+    shown = min(rounds, PLAYED)
+    table = fixed(costs.blocks, shown * in_flight + rest, in_flight)
     timeline = play_table(table, costs)
     ends_ms = {x.work: x.end_ms for x in timeline.computes}
-    cuts_ms = [ends_ms[Action(Pass.BACKWARD, Phase.ATTEND, 0, n)] for n in range(count - 1)]
-    insides = [_between(timeline, *cut) for cut in pairwise([0.0, *cuts_ms, timeline.makespan_ms])]
+    cuts_ms = [ends_ms[Action(Pass.BACKWARD, Phase.ATTEND, 0, n * in_flight - 1)] for n in range(1, shown)]
+    spans_ms = pairwise([0.0, *cuts_ms, timeline.makespan_ms])
+    insides = [_between(timeline, *span_ms, number * in_flight) for number, span_ms in enumerate(spans_ms)]
+    # The first and the last round as they are, those between in turn.
+    order = insides if rounds == shown else [insides[0], *islice(cycle(insides[1:-1]), rounds - 2), insides[-1]]
     runs: list[Run] = []
     now_ms = 0.0
-    for number in range(micro_batches):
-        inside = insides[_stand_in(number, micro_batches, count, in_flight)]
-        slot = (Op(Kind.FORWARD, 0, number), Op(Kind.BACKWARD, 0, number))
+    for number, inside in enumerate(order):
+        slot = (Op(Kind.FORWARD, 0, number * in_flight), Op(Kind.BACKWARD, 0, number * in_flight))
         runs.append(Run(slot, now_ms, now_ms + inside.length_ms, inside))
-        now_ms += inside.length_ms
+        now_ms = runs[-1].end_ms
     return runs, peak_in_flight(table)
 
 
-def _stand_in(number: int, micro_batches: int, played: int, in_flight: int) -> int:
-    """The micro-batch that was played for one: the first and the last as they are, those between in turn."""
-    if number < played - in_flight:
-        return number
-    from_end = micro_batches - number
-    if from_end <= in_flight:
-        return played - from_end
-    return in_flight + (number - in_flight) % (played - 2 * in_flight)
-
-
-def _between(timeline: Timeline, start_ms: float, end_ms: float) -> Inside:
-    """What of a timeline ends between two times."""
+def _between(timeline: Timeline, start_ms: float, end_ms: float, first: int) -> Inside:
+    """What of a timeline ends between two times; micro-batches are counted from `first`."""
 
     def cut(intervals: Sequence[Interval]) -> list[Interval]:
         inside = [x for x in intervals if start_ms < x.end_ms <= end_ms]
-        return [Interval(x.work, x.start_ms - start_ms, x.end_ms - start_ms) for x in inside]
+        works = [replace(x.work, micro_batch=x.work.micro_batch - first) for x in inside]
+        return [Interval(w, x.start_ms - start_ms, x.end_ms - start_ms) for w, x in zip(works, inside, strict=True)]
 
     part = Timeline(cut(timeline.computes), cut(timeline.transfers))
     return Inside(part, (), (), part.compute_ms, end_ms - start_ms)
@@ -316,7 +319,7 @@ def _between(timeline: Timeline, start_ms: float, end_ms: float) -> Inside:
 def _ended(
     job: Job,
     times: StepTimes,
-    pipeline: Pipeline,
+    layout: Layout,
     runs: Sequence[Sequence[Run]],
     live: Sequence[int],
     pending: Sequence[int],
@@ -333,8 +336,7 @@ def _ended(
     makespan_ms = max(rank.end_ms for rank in ranks)
     each = zip(runs, times.ranks, strict=True)
     return Played(
-        pipeline.name,
-        pipeline.layout.held,
+        layout,
         tuple(ranks),
         makespan_ms,
         reduce_ms=max(makespan_ms, *(rank.reduce_end_ms for rank in ranks)) - makespan_ms,

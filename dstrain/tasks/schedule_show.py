@@ -139,7 +139,7 @@ def write(shown: Shown, path: Path) -> None:
 def _picture(shown: Shown, path: Path) -> None:
     played = shown.figures
     title = f"{shown.title}, makespan {played.makespan_ms:g}, {played.bubble_share:.1%} idle"
-    draw.draw(shown.pipeline, shown.spans, title, path, MARK)
+    draw.draw(shown.pipeline.layout, shown.spans, title, path, MARK)
 
 
 def _timeline(shown: Shown, path: Path) -> None:

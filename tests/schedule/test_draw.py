@@ -16,7 +16,7 @@ from dstrain.schedule.pipelines.choose import make
 def painted(folder: Path, name: str, ranks: int, micro_batches: int) -> np.ndarray:
     pipeline = make(name, ranks, micro_batches)
     spans = play(pipeline, StageCosts.even(pipeline.layout.num_stages, 1, 1, 1))
-    draw.draw(pipeline, spans, "A title", folder / "table.png", "dstrain")
+    draw.draw(pipeline.layout, spans, "A title", folder / "table.png", "dstrain")
     return imread(folder / "table.png")[:, :, :3]
 
 
