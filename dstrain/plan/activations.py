@@ -51,6 +51,8 @@ class Library:
     keeps_outputs: bool = False
     # What travels is packed, beside what it is packed from.
     packs: bool = False
+    # Cosines and sines are kept by every layer, for queries and for keys.
+    keeps_rotation: bool = False
 
     @staticmethod
     def of(source: str) -> "Library":
@@ -59,7 +61,7 @@ class Library:
 
 
 # Log-probabilities in FP32; from there the gradients of both their parts. BF16 logits are freed before.
-DSTRAIN = Library("dstrain", 4, 8, 2, pads_values=True, receives_ahead=2, packs=True)
+DSTRAIN = Library("dstrain", 4, 8, 2, pads_values=True, receives_ahead=2, packs=True, keeps_rotation=True)
 # Transformer Engine: cross entropy writes the gradient over the BF16 logits (docs of te.parallel_cross_entropy).
 MEGATRON = Library("Megatron-Core", 2, 0, 0, placeholders=True, forgets_normed=True)
 # FP8 products of torchao take, and keep, BF16.
@@ -108,13 +110,13 @@ class Activations:
 
     # -- what a layer keeps -------------------------------------------------------------------------------------------
 
-    def _norm(self, elements: float, value: float, *, beside: str = "") -> Iterator[Saved]:
+    def _norm(self, elements: float, *, forgotten: str = "") -> Iterator[Saved]:
         """The input of a norm, which the residual stream passes as well."""
         if self.composed and "norm" not in self.job.recompute:
-            # x and x / rms in FP32.
-            yield _saved(elements * 8, f"norm {beside}")
+            # x and x / rms in FP32; x itself nobody needs.
+            yield _saved(elements * 8, forgotten)
         else:
-            yield _saved(elements * value, beside)
+            yield _saved(elements * self.value, forgotten)
 
     def _normed(self) -> str:
         """What forgets the output of a norm, a product's input."""
@@ -126,9 +128,10 @@ class Activations:
         job, model = self.job, self.model
         tokens, heads = job.tokens, model.heads / job.tp
         whole = "layer attend"
-        found = [*self._norm(self.stream, self.value), _saved(self.stream * self.input, f"{self._normed()} {whole}")]
-        if self.composed and "norm" not in job.recompute and job.recompute & {"layer", "attend"}:
-            found.append(_saved(self.stream * self.value))
+        found = [_saved(self.stream * self.input, f"{self._normed()} {whole}")]
+        # What is run again begins with the stream as it was.
+        again = job.recompute & {"layer", "attend"}
+        found += [_saved(self.stream * self.value)] if again else self._norm(self.stream)
         if model.is_mla:
             found += self._latents(whole)
         queries, keys = heads * model.qk_dim, model.kv_heads / job.tp * model.qk_dim
@@ -157,9 +160,12 @@ class Activations:
         model = self.model
         for width in (model.q_rank, model.kv_rank):
             if width:
-                yield from self._norm(self.spread * width, self.value, beside=whole)
+                yield from self._norm(self.spread * width, forgotten=whole)
                 yield _saved(self.spread * width * self.input, f"{self._normed()} {whole}")
         yield _saved(self.spread * model.rope_dim * self.value, whole)
+        if self.library.keeps_rotation:
+            yield _saved(self.spread * model.rope_dim * 4, f"mla_up {whole}")
+            yield _saved(self.spread * model.rope_dim * 4, whole)
 
     def ffn(self, width: float, *, forgotten: str) -> list[Saved]:
         """A dense network of that inner width, its input apart."""
@@ -173,17 +179,16 @@ class Activations:
             found.append(_saved(upper, f"swiglu sac {forgotten}"))
         return found
 
-    @cached_property
-    def second(self) -> list[Saved]:
-        """The residual stream before the second half, and its norm."""
+    def second(self, whole: str) -> list[Saved]:
+        """The residual stream before the second half, and its norm; `whole` forgets the norm's input."""
         return [
-            *self._norm(self.stream, self.value, beside="layer sac"),
+            *self._norm(self.stream, forgotten=f"{whole} sac"),
             _saved(self.stream * self.input, f"{self._normed()} layer"),
         ]
 
     @cached_property
     def dense_layer(self) -> list[Saved]:
-        found = [*self.attention, *self.second, *self.ffn(self.model.ffn, forgotten="layer")]
+        found = [*self.attention, *self.second("layer"), *self.ffn(self.model.ffn, forgotten="layer")]
         if "sac" in self.job.recompute and self.job.unfused > 1:
             # The last product's output is kept because it is one; a compiler sees that nobody wants it.
             found.append(_saved(self.stream * self.value))
@@ -192,10 +197,12 @@ class Activations:
     @cached_property
     def moe_layer(self) -> list[Saved]:
         job, model = self.job, self.model
-        found = [*self.attention, *self.second, _saved(self.spread * model.experts * ROUTER_BYTES, "layer")]
+        # Norm and router belong to the first half.
+        found = [*self.attention, *self.second("layer attend")]
+        found.append(_saved(self.spread * model.experts * ROUTER_BYTES, "layer attend"))
         if self.is_narrow:
             # The router takes the norm's output as it is.
-            found.append(_saved(self.stream * self.value, "norm layer"))
+            found.append(_saved(self.stream * self.value, "norm layer attend"))
         if "layer" in job.recompute and self.library is DSTRAIN:
             # The shared expert is a piece of its own: the stream and its norm before it.
             found.append(_saved(2 * self.stream * self.value))
@@ -306,7 +313,7 @@ class Activations:
     @cached_property
     def head(self) -> Kept:
         """The last norm and the products of head and MTP modules; logits are counted apart."""
-        norms = sum(one.num_bytes for one in self._norm(self.stream, self.value)) + self.stream * self.value
+        norms = sum(one.num_bytes for one in self._norm(self.stream)) + self.stream * self.value
         # A module joins two normed streams before its layer.
         mtp = self.model.mtp * (3 * norms + 2 * self.stream * self.input)
         table = self.model.embedding_weights / self.job.tp * self.value

@@ -107,7 +107,7 @@ class _Memory:
         self.job, self.hardware, self.library, self.model = job, hardware, library, job.model
         # Without multiprocessors it is a CPU.
         self.is_gpu = hardware.multiprocessors > 0
-        self.shapes = shapes if shapes is not None else Stages(job, hardware).shapes
+        self.shapes = shapes if shapes is not None else _shapes(job, hardware)
         self.layout = layout(job.pipeline, job.pp, job.chunks) if job.pp > 1 else Layout(((0,),))
         self.kept = Activations(job, library, composed=not self.is_gpu)
 
@@ -149,16 +149,19 @@ class _Memory:
     def _state(self, shapes: Sequence[Shape]) -> tuple[float, float, float]:
         """Bytes of a rank that holds these stages."""
         job = self.job
+        moment = INT8_BYTES if job.moment_bytes == 1 else job.moment_bytes
         weights = gradients = optimizer = 0.0
         for count, products, ranks in self._parameters(shapes):
-            shared = ranks if job.zero else 1
-            moment = INT8_BYTES if job.moment_bytes == 1 else job.moment_bytes
-            optimizer += count / shared * (job.master_bytes + 2 * moment)
-            whole = ranks if job.zero == 3 else 1
-            gradients += count / whole * job.grad_bytes
+            owned = count / (ranks if job.zero else 1)
+            optimizer += owned * (job.master_bytes + 2 * moment)
+            gradients += (owned if job.zero == 3 else count) * job.grad_bytes
             # Sharded weights are the master weights.
-            weights += 0.0 if job.zero == 3 else count * self.kept.value
-            weights += products * self._fp8_copies
+            weights += (0.0 if job.zero == 3 else count * self.kept.value) + products * self._fp8_copies
+        if self.library is DSTRAIN and job.master_bytes:
+            # Weights of routers are FP32, and their own masters.
+            routers = sum(map(self._moe, shapes)) * self.model.experts * self.model.hidden
+            weights += routers * (job.master_bytes - self.kept.value)
+            optimizer -= routers / (job.dp * self.layout.copies) * job.master_bytes
         return weights, gradients, optimizer
 
     @property
@@ -174,13 +177,11 @@ class _Memory:
         yield experts, experts, job.expert_dp * copies
         dense = [self._dense(shape) for shape in shapes]
         yield sum(all_ for all_, _ in dense), sum(products for _, products in dense), job.dp * job.cp * copies
-        tables = set().union(*map(self._tables, shapes))
-        table = self.model.embedding_weights / job.tp
-        # An embedding that both ends use is shared by the ranks of both.
-        both = self._embeds_at_end and job.pp > 1 and not all(map(tables.__contains__, ("embedding", "head")))
-        for name in tables:
-            ends = 2 if name == "embedding" and both and copies == 1 and not _is_whole(shapes) else 1
-            yield table, 0.0, job.dp * job.cp * copies * ends
+        # An embedding that both ends of the model use is shared by the ranks of both.
+        apart = self._embeds_at_end and job.pp > 1 and copies == 1 and not _is_whole(shapes)
+        for name in set().union(*map(self._tables, shapes)):
+            ends = 2 if name == "embedding" and apart else 1
+            yield self.model.embedding_weights / job.tp, 0.0, job.dp * job.cp * copies * ends
 
     @property
     def _embeds_at_end(self) -> bool:
@@ -335,6 +336,13 @@ def _used(moment: Moment, stages: Sequence[StageKept]) -> tuple[float, float, fl
         activations += live * stage.live + pending * stage.pending
         logits += live * stage.logits
     return activations, 0.0 if moment.working is None else stages[moment.working].working, logits
+
+
+def _shapes(job: Job, hardware: HardwareConfig) -> tuple[Shape, ...]:
+    """Only a split that the job leaves open asks how fast the machine is."""
+    if job.num_stages > 1:
+        return Stages(job, hardware).shapes
+    return (Shape(job.model.layers - job.model.moe_layers, job.model.moe_layers, is_first=True, is_last=True),)
 
 
 def _is_whole(shapes: Sequence[Shape]) -> bool:
