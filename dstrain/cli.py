@@ -26,6 +26,11 @@ COMMANDS = {
     "export": ("export", "write a checkpoint as a Hugging Face model directory"),
     "import": ("import_", "start a run from a Hugging Face DeepSeek-V2/V3 directory"),
     "tokenize": ("tokenize", "turn text into memory-mapped token files"),
+    "plan": ("plan", "predict memory, step time and cost of a training run, without a GPU"),
+    "plan search": ("plan_search", "find the best layouts of a model on a machine"),
+    "plan trace": ("plan_trace", "draw a planned step: a timeline for Perfetto, a picture, a report as HTML"),
+    "plan validate": ("plan_validate", "compare predictions with what was measured: dstrain plan validate runs.json"),
+    "calibrate": ("calibrate", "measure this machine, alone or under torchrun, and write a hardware file for plan"),
     "schedule show": ("schedule_show", "show the table of a pipeline: dstrain schedule show dualpipev mesh.pp=4"),
     "schedule split": ("schedule_split", "show which layers each stage of a pipeline holds, and what they cost"),
     "bench comm": (
@@ -40,7 +45,7 @@ COMMANDS = {
 }
 
 # The key that a word without "=" right after a command is the value of.
-FIRST_WORD = {"schedule show": "schedule.pipeline"}
+FIRST_WORD = {"schedule show": "schedule.pipeline", "plan validate": "runs"}
 
 # How long a rank that leaves the message to rank 0 lives on.
 SILENT_RANK_WAIT_S = 5.0
@@ -150,8 +155,11 @@ def run(command: str, arguments: Sequence[str]) -> None:
 def keyed(command: str, arguments: Sequence[str]) -> list[str]:
     """`schedule show dualpipev` is `schedule show schedule.pipeline=dualpipev`."""
     first = arguments[0] if arguments else ""
-    if command in FIRST_WORD and first and "=" not in first and not first.startswith("-"):
+    is_word = bool(first) and "=" not in first and not first.startswith("-")
+    if is_word and command in FIRST_WORD:
         return [f"{FIRST_WORD[command]}={first}", *arguments[1:]]
+    if is_word and any(name.startswith(f"{command} ") for name in COMMANDS):
+        raise UserError(f"There is no command {f'{command} {first}'!r}. {_suggestion(f'{command} {first}')}")
     return list(arguments)
 
 
@@ -191,6 +199,10 @@ def complete(line: str) -> None:
     words = line.split()[1:]
     whole = words if line.endswith(" ") else words[:-1]
     command, _ = split(whole)
+    longer = [name.split() for name in COMMANDS if name.split()[: len(whole)] == whole]
+    further = dict.fromkeys(name[len(whole)] for name in longer if len(name) > len(whole))
+    if further:
+        print(*further)
     if command in COMMANDS and command != "completion":
         _, rest = split(words)
         typed = len(rest) if line.endswith(" ") else len(rest) - 1
@@ -198,9 +210,6 @@ def complete(line: str) -> None:
         # Hydra expects the overrides right after the name of the program.
         os.environ["COMP_LINE"] = " ".join(["dstrain", *rest]) + (" " if line.endswith(" ") else "")
         run(command, ["-sc", "query=bash"])
-    elif not command or any(name.startswith(f"{command} ") for name in COMMANDS):
-        names = [name.split() for name in COMMANDS]
-        print(*dict.fromkeys(name[len(whole)] for name in names if name[: len(whole)] == whole))
 
 
 def _suggestion(command: str) -> str:

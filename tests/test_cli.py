@@ -89,6 +89,7 @@ def test_help_of_the_other_commands(line, command: str):
     assert status == 0
     # Only configs of training and suites of benches are composed of groups.
     composed = ("verify", "dryrun", "bench comm", "bench fabric", "schedule show", "schedule split")
+    composed += ("plan", "plan search", "plan trace")
     assert ("Groups" in out) == (command in composed)
     assert out.startswith(f"dstrain {command} ")
 
@@ -171,6 +172,8 @@ FIRST_WORDS = {
     "export",
     "import",
     "tokenize",
+    "plan",
+    "calibrate",
     "schedule",
     "bench",
     "completion",
@@ -187,6 +190,9 @@ COMPLETED = [
     ("dstrain train +experiment=tiny_cpu mesh.", {"mesh.dp=", "mesh.ep=", "mesh.pp=", "mesh.timeout_s="}),
     ("dstrain verify verify.st", {"verify.steps="}),
     ("dstrain schedule show micro", {"micro_batches="}),
+    ("dstrain plan sea", {"search"}),
+    ("dstrain plan hardware=h80", {"hardware=h800_sxm"}),
+    ("dstrain plan search to", {"top="}),
     ("dstrain schedule show dualpipev micro", {"micro_batches="}),
 ]
 

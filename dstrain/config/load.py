@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from dstrain.config import bench, check, commands
+from dstrain.config import bench, check, commands, plan
 from dstrain.config.directory import conf_dir
 from dstrain.config.keys import Key, is_node, keys, nearest, sections
 from dstrain.config.schema import Config
@@ -49,8 +49,10 @@ SCHEMAS: dict[str, type] = {
     "tokenize": commands.TokenizeRoot,
     "schedule_show": commands.ShowRoot,
     "schedule_split": commands.SplitRoot,
+    "calibrate": bench.CalibrateRoot,
     "bench_comm": bench.CommRoot,
     "bench_fabric": bench.FabricRoot,
+    **plan.ROOTS,
 }
 
 # Who names the first means it instead of the second, which a YAML file may have set.
@@ -125,11 +127,11 @@ def _finish(command: str, composed: DictConfig) -> Any:
 
 
 def _checked(command: str, config: Any, world_size: int) -> Any:
-    if command == "bench_comm":
-        check.check_bench_comm(config, world_size)
+    if command in check.MEASURING:
+        check.MEASURING[command](config, world_size)
         return check.resolve(config, world_size)
     if command != "train":
-        check.CHECKS[command](config)
+        (check.CHECKS | plan.CHECKS)[command](config)
         return config
     check.check_training(config, world_size)
     config = check.resolve(config, world_size)

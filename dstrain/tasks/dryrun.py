@@ -4,7 +4,6 @@ One rank of each pipeline index goes through engine/dryrun.py; those with other 
 that is shown. What all of them hold together must be the model as its dimensions count it.
 """
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -18,12 +17,13 @@ from dstrain.config.check import resolve
 from dstrain.config.commands import DryrunRoot
 from dstrain.data.tokenizer import embedding_rows, load_tokenizer
 from dstrain.engine.dryrun import RankRun, Sent, StageRun, micro_batches, run_rank
-from dstrain.errors import ConfigError, UserError
+from dstrain.errors import UserError
 from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import mesh_of
 from dstrain.plan.count import Parameters, parameters
 from dstrain.schedule.figures import Figures, StageCosts, figures
 from dstrain.schedule.pipelines.choose import make
+from dstrain.tasks.output import claim, write_json
 
 # What the tables need; squeezed into less, they would cut figures off.
 TABLE_WIDTH = 170
@@ -70,19 +70,6 @@ def run(config: DryrunRoot) -> None:
     if config.out:
         write(layout, Path(config.out))
         console.print(f"Written: {config.out}", soft_wrap=True, markup=False)
-
-
-def claim(out: str) -> None:
-    """Finds out before the work whether the file can be written. Raises ConfigError."""
-    path = Path(out)
-    if path.exists():
-        raise ConfigError("out", out, "it is there already", "Choose another name, or remove it.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        path.unlink()
-    except OSError as error:
-        raise ConfigError("out", out, f"it cannot be written ({error.strerror})", "Choose another place.") from error
 
 
 def run_layout(config: DryrunRoot) -> LayoutRun:
@@ -227,12 +214,7 @@ def write(layout: LayoutRun, path: Path) -> None:
         "assumed": ASSUMED,
         "ranks": [_plain(rank) for rank in layout.ranks],
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x") as file:
-            json.dump(content, file, indent=1)
-    except OSError as error:
-        raise UserError(f"out={path} can't be written: {error.strerror}. Choose another place.") from error
+    write_json(content, path)
 
 
 def _plain(run: RankRun | StageRun) -> dict[str, Any]:
