@@ -72,14 +72,19 @@ class Measured:
 
     def constants(self, given: HardwareConfig, source: str) -> HardwareConfig:
         """`given` with everything that was measured."""
-        known = replace(given, **self.facts)  # type: ignore[arg-type]
-        found = replace(known, **self.speeds)  # type: ignore[arg-type]
+        found = replace(given, **self.facts, **self.speeds)  # type: ignore[arg-type]
         for _ in range(TURNS):
             for key, samples in self.samples.items():
                 found = solved(found, key, samples)
         found = bounded(found)
-        keys = [key for key in asdict(found) if key in {*self.speeds, *self.samples}]
-        return calibrated(known, source, **{key: float(f"{getattr(found, key):.4g}") for key in keys})
+        changed = [speed for speed in SHARES if getattr(found, speed) != getattr(given, speed)]
+        keys = [key for key in asdict(found) if key in {*changed, *self.facts, *self.speeds, *self.samples}]
+        return calibrated(given, source, **{key: rounded(getattr(found, key)) for key in keys})
+
+
+def rounded(value: float) -> float:
+    """As far as a measurement can be trusted; counts are exact."""
+    return value if isinstance(value, int) else float(f"{value:.4g}")
 
 
 def solved(hardware: HardwareConfig, key: str, samples: Sequence[Sample]) -> HardwareConfig:
