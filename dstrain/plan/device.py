@@ -28,15 +28,10 @@ BACKWARD_FLOPS = 2.5
 
 @dataclass(frozen=True)
 class Device:
-    """`share`: of the multiprocessors, what kernels of transfers leave to compute."""
+    """The kernels of a machine."""
 
     hardware: HardwareConfig
-    share: float = 1.0
     _cache: dict[tuple[int, int, int, str, int, int], float] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def processors(self) -> int:
-        return max(1, round(self.hardware.multiprocessors * self.share))
 
     def product_s(self, m: int, n: int, k: int, products: str, *, groups: int = 1, out_bytes: int = 2) -> float:
         """`groups` products [m, k] x [k, n] in one kernel; `out_bytes` of a value of the result (a sum in memory is
@@ -61,10 +56,10 @@ class Device:
                 tflops /= 2
         else:
             tflops = machine.peak_fp8_tflops * machine.gemm_fp8_efficiency
-        return tflops * 1e12 * machine.sustained * self.share
+        return tflops * 1e12 * machine.sustained
 
     def _filled(self, m: int, n: int, groups: int) -> float:
-        return _filled(m, n, groups, self.processors) if self.hardware.multiprocessors else 1.0
+        return _filled(m, n, groups, self.hardware.multiprocessors) if self.hardware.multiprocessors else 1.0
 
     @property
     def memory_speed(self) -> float:
@@ -83,7 +78,7 @@ class Device:
         if backward:
             flops, efficiency, half = flops * BACKWARD_FLOPS, machine.attention_backward_efficiency, HALF_BACKWARD
         reached = seq_len / (seq_len + half) if machine.multiprocessors else 1.0
-        speed = machine.peak_bf16_tflops * 1e12 * efficiency * reached * self.share
+        speed = machine.peak_bf16_tflops * 1e12 * efficiency * reached
         return flops / speed + machine.kernel_us * 1e-6
 
 

@@ -37,6 +37,8 @@ class Job:
     chunks: int = 1
     # Layers of each stage; empty: planned by cost.
     split: tuple[int, ...] = ()
+    # A stage may hold no layer, and MTP modules need not be with the head (Megatron's pipeline layouts).
+    free_split: bool = False
     # Transfers of tokens run under the compute of another micro-batch.
     overlap: bool = False
     # Weight gradients are put off until a transfer is under way, or the pipeline has a gap.
@@ -60,6 +62,9 @@ class Job:
     gather_bytes: int = 2
     master_bytes: int = 4
     moment_bytes: int = 4
+    # What the update reads and writes for a parameter beside those: the FP32 gradient, for its norm and for the
+    # update, and the new weight.
+    update_bytes: int = 10
     # Any of norm, mla_up, swiglu, attend, core (that of attention), experts, layer, sac (half of the products, as
     # torchtitan chooses).
     recompute: frozenset[str] = frozenset()

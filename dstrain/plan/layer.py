@@ -20,8 +20,6 @@ from dstrain.plan.network import Exchanges, Group, Network, exchanges, router_ke
 
 # Launches of a layer in each pass, forward and backward: the attention half, a dense half, an MoE half.
 LAUNCHES = {"attention": (16, 30), "dense": (8, 16), "moe": (45, 60)}
-# Of DeepEP's kernels in DeepSeek-V3's training (arXiv:2412.19437, section 3.2.2).
-TRANSFER_PROCESSORS = 20
 # Bytes of a logit in cross entropy: forward (maximum, exponential, sum), backward.
 LOGIT_BYTES = (12, 6)
 
@@ -73,8 +71,10 @@ class LayerWork:
     shared: Work
     experts: Work
     exchanges: Exchanges
-    # Launches of kernels, forward and backward.
+    # Launches of kernels, forward and backward; of the forward ones, those that the host can't make ahead, because it
+    # waits for the number of rows that arrive.
     launches: tuple[int, int]
+    awaited: int = 0
 
 
 class Kernels:
@@ -82,9 +82,7 @@ class Kernels:
 
     def __init__(self, job: Job, hardware: HardwareConfig):
         self.job, self.hardware, self.model = job, hardware, job.model
-        # Kernels that carry tokens while others compute take multiprocessors from these.
-        taken = TRANSFER_PROCESSORS if job.overlap and job.ep > 1 and hardware.multiprocessors else 0
-        self.device = Device(hardware, 1 - taken / max(1, hardware.multiprocessors))
+        self.device = Device(hardware)
         self.network = Network(hardware)
         # Of tokens outside of tensor-parallel products.
         self.spread_tokens = job.tokens / (job.tp if job.sequence_parallel else 1)
@@ -262,7 +260,8 @@ class Kernels:
     @cached_property
     def moe_layer(self) -> LayerWork:
         sent = exchanges(self.job, self.hardware, self.spread_tokens)
-        return LayerWork(self.attention + self.routing, self.shared, self.experts, sent, _launches("moe"))
+        awaited = LAUNCHES["moe"][0] if sent.out_s else 0
+        return LayerWork(self.attention + self.routing, self.shared, self.experts, sent, _launches("moe"), awaited)
 
     @cached_property
     def embedding(self) -> Work:

@@ -18,6 +18,10 @@ LATENCY_US = 20.0
 # Share of its speed that an all-to-all keeps while other kernels compute: of DeepEP on H800, 28-36 of 51 GB/s out and
 # 37-39 of 50 GB/s home (dstrain/plan/data/deepseek_train_trace.json against gpu_microbenchmarks.json).
 OVERLAPPED = 0.7
+# Before rows leave, ranks tell each other how many come, and wait for the last of them: of DeepEP 0.1 ms for the
+# layout and 0.75 ms at least for the notification, with the skew of a profiler in it (the same trace). Assumed is a
+# part of that, and no more than a latency within one NVLink domain.
+NOTIFY_S = 150e-6
 
 
 @dataclass(frozen=True)
@@ -122,11 +126,12 @@ def exchanges(job: Job, hardware: HardwareConfig, tokens: float) -> Exchanges:
     kind = {"auto": "hierarchical"}.get(job.dispatcher, job.dispatcher)
     rows = rows_sent(kind, router_key(job.model), job.ep, group.local)
     network, hidden = Network(hardware), job.model.hidden
-    slower = OVERLAPPED if job.overlap and hardware.multiprocessors else 1.0
+    on_gpu = hardware.multiprocessors > 0
+    slower, notify_s = OVERLAPPED if job.overlap and on_gpu else 1.0, NOTIFY_S if on_gpu and group.nodes > 1 else 0.0
     home = 4 if job.products == "float32" else 2
     sent = tokens * job.skew
     out_s, home_s = (
-        network.exchange_s(rows.inside * sent * num_bytes, rows.across * sent * num_bytes, group) / slower
+        network.exchange_s(rows.inside * sent * num_bytes, rows.across * sent * num_bytes, group) / slower + notify_s
         for num_bytes in (row_bytes(job.wire, hidden), home * hidden)
     )
     return Exchanges(out_s, home_s)

@@ -108,6 +108,8 @@ class Software:
     moment_bytes: int = 4
     # Kernels bound by memory, over those of fused ones.
     unfused: float = 1.0
+    # Of the update; a kernel for each operation of AdamW has 22 operands of 4 bytes instead of 7.
+    update_bytes: int = 10
 
 
 # A part of `source` -> its software.
@@ -121,7 +123,7 @@ SOFTWARE = {
     "arXiv:2201.11990": Software(blocking_sends=True),
     "torchtitan": Software(),
     # One kernel after the other, as PyTorch has them.
-    "llm-foundry": Software(grad_bytes=2, unfused=1.6),
+    "llm-foundry": Software(grad_bytes=2, unfused=1.6, update_bytes=80),
     "SimuMax": Software(blocking_sends=True),
 }
 
@@ -254,6 +256,8 @@ def job_of_row(row: Row) -> Job:
         pipeline=_word(row, "sched", SCHEDULES, "interleaved" if chunks > 1 else "1f1b"),
         chunks=chunks,
         split=tuple(config.get("split", ())),
+        free_split=True,
+        update_bytes=software.update_bytes,
         overlap=config.get("ep_overlap") == "pair" or config.get("sched") == "dualpipe" or row.metric == "pair_ms",
         splits_weights=row.metric == "pair_ms" or "ep_overlap" in config or config.get("sched") in ("dualpipe", "zb1p"),
         in_flight=2 if row.metric == "pair_ms" else 1,
@@ -265,7 +269,8 @@ def job_of_row(row: Row) -> Job:
         grad_wire_bytes=config.get("grad_bytes", software.grad_bytes),
         moment_bytes=software.moment_bytes,
         recompute=frozenset(_recompute(row)),
-        overlap_dp=config.get("overlap_dp", True),
+        # In a pipeline all stages reduce at its very end, over cards that also carry what passes between stages.
+        overlap_dp=config.get("overlap_dp", config.get("pp", 1) == 1),
         tp_overlap=config.get("tp_overlap", software.tp_overlap),
         sequence_parallel=config.get("sp", True) and config.get("tp", 1) > 1,
         blocking_sends=software.blocking_sends and chunks == 1,

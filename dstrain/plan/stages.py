@@ -25,9 +25,8 @@ AGAIN = {
     "core": ("attention",),
     "swiglu": ("activation",),
 }
-# Bytes that the optimiser reads and writes for a parameter beside master weights and moments: FP32 gradient (read for
-# the norm and for the update), new weight.
-UPDATE_BYTES = 10
+# Multiprocessors that kernels of transfers hold: DeepEP's in DeepSeek-V3's training (arXiv:2412.19437, section 3.2.2).
+TRANSFER_PROCESSORS = 20
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,8 @@ class Shape:
     moe: int
     is_first: bool
     is_last: bool
+    # MTP modules, each of which also uses the head.
+    mtp: int = 0
 
 
 # Milliseconds forward, for input gradients, for weight gradients.
@@ -93,18 +94,30 @@ class Stages:
         phases = [part.seconds for part in parts]
         forward, into, weight = summed(phases)
         launch = 0.0 if self.job.cuda_graph else self.hardware.host_us * 1e-6
-        launched = work.launches[0] * launch, work.launches[1] * launch
+        launched, awaited = [count * launch for count in work.launches], work.awaited * launch
         # A CPU launches and computes by turns.
         beside = (forward, into + weight) if self.hardware.multiprocessors else (0.0, 0.0)
-        waits = [max(0.0, host - device) for host, device in zip(launched, beside, strict=True)]
+        waits = max(awaited, launched[0] - beside[0]), max(0.0, launched[1] - beside[1])
         gathers = self._gathers(weights, forward, into + weight)
-        slower = [1 + (waits[0] + gathers[0]) / forward, 1 + (waits[1] + gathers[1]) / (into + weight)]
+        shared = self._shared(work, weights, forward + into + weight)
+        slower = [shared + (waits[0] + gathers[0]) / forward, shared + (waits[1] + gathers[1]) / (into + weight)]
+        kinds["shared with transfers"] += (shared - 1) * (forward + into + weight)
         kinds["host"] += sum(waits)
         kinds["sharded weights"] += sum(gathers)
         scaled = [(f * slower[0] * 1e3, i * slower[1] * 1e3, w * slower[1] * 1e3) for f, i, w in phases]
         sent = work.exchanges
         attend, shared, experts = scaled
         return Layer(attend, shared, experts, sent.out_s * 1e3, sent.home_s * 1e3, _in_ms(kinds))
+
+    def _shared(self, work: LayerWork, weights: float, compute_s: float) -> float:
+        """How much longer compute takes because kernels of transfers that run beside it hold multiprocessors."""
+        if not self.hardware.multiprocessors:
+            return 1.0
+        beside_s = 2 * (work.exchanges.out_s + work.exchanges.home_s) if self.job.overlap else 0.0
+        if self.job.zero == 3:
+            num_bytes = weights * (2 * self.job.gather_bytes + self.job.grad_wire_bytes)
+            beside_s += self.network.collective_s(num_bytes, self._data_group())
+        return 1 + TRANSFER_PROCESSORS / self.hardware.multiprocessors * min(1.0, beside_s / compute_s)
 
     def _gathers(self, weights: float, forward_s: float, backward_s: float) -> tuple[float, float]:
         """Of sharded weights, what gathering them, and summing their gradients, takes beyond the compute it runs
@@ -154,25 +167,22 @@ class Stages:
     def ends(self, shape: Shape) -> tuple[Passes, Passes]:
         """What a stage has before its first and behind its last layer, MTP layers without."""
         none = (0.0, 0.0, 0.0)
-        behind = summed([self.head] + [self.mtp] * self.model.mtp) if shape.is_last else none
+        behind = summed([none] + [self.head] * shape.is_last + [self.mtp] * shape.mtp)
         return self.embedding if shape.is_first else none, behind
 
     def passes(self, shape: Shape) -> Passes:
         """All compute of a stage."""
         layers = [tuple(x * shape.dense for x in self.dense.passes)] if shape.dense else []
-        count = shape.moe + self._mtp_layers(shape)
+        count = shape.moe + shape.mtp
         layers += [tuple(x * count for x in self.moe.passes)] if count else []
         return summed([*layers, *self.ends(shape)])  # type: ignore[list-item]
-
-    def _mtp_layers(self, shape: Shape) -> int:
-        return self.model.mtp if shape.is_last else 0
 
     def costs(self, shape: Shape) -> Costs:
         """By phase: dense layers come before those with experts."""
         before, behind = self.ends(shape)
         if not self.spreads:
             return Costs(dict(self._by_pass(Phase.ATTEND, 0, self.passes(shape))), {})
-        blocks = shape.moe + self._mtp_layers(shape)
+        blocks = shape.moe + shape.mtp
         stretches = [self.moe.attend] * blocks + [behind]
         dense = [self.dense.passes] * shape.dense if shape.dense else []
         stretches[0] = summed([stretches[0], before, *dense])
@@ -196,26 +206,41 @@ class Stages:
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
         """Of every stage, in the order of the model."""
-        cuts = [0, *accumulate(self.job.split or self._planned())]
-        dense = self.model.dense_layers
+        sizes = self.job.split or self._planned()
+        cuts, last, dense = [0, *accumulate(sizes)], len(sizes) - 1, self.model.dense_layers
+        mtp = self._mtp_stage(len(sizes))
         return tuple(
-            Shape(max(0, min(stop, dense) - start), stop - max(start, min(stop, dense)), start == 0, n == len(cuts) - 2)
+            Shape(
+                max(0, min(stop, dense) - start),
+                stop - max(start, min(stop, dense)),
+                n == 0,
+                n == last,
+                self.model.mtp if n == mtp else 0,
+            )
             for n, (start, stop) in enumerate(pairwise(cuts))
         )
+
+    def _mtp_stage(self, stages: int) -> int:
+        """dstrain has MTP modules with the head; others give them a stage of their own where there are many."""
+        return stages - 2 if self.job.free_split and stages > 2 else stages - 1
 
     def _planned(self) -> list[int]:
         """Layers of each stage, so that none takes much longer than the others: embedding and head count as the layers
         that they take as long as."""
         stages = self.job.num_stages
         one = sum((self.moe if self.model.moe_layers else self.dense).passes)
-        mtp = self.model.mtp * (sum(self.mtp) + one)
         extra = [0.0] * stages
         extra[0] += sum(self.embedding) / one
-        extra[-1] += (sum(self.head) + mtp) / one
+        extra[-1] += sum(self.head) / one
+        extra[self._mtp_stage(stages)] += self.model.mtp * (sum(self.mtp) + one) / one
         sizes = [0] * stages
         for _ in range(self.model.layers):
             # The later of two equal ones: the first stages keep activations longest.
-            shortest = min(range(stages), key=lambda n: (sizes[n] + extra[n] if sizes[n] else -1.0, -n))
+            empty = -1.0 if not self.job.free_split else None
+            shortest = min(
+                range(stages),
+                key=lambda n: (sizes[n] + extra[n] if sizes[n] or empty is None else empty, -n),
+            )
             sizes[shortest] += 1
         return sizes
 
@@ -228,11 +253,11 @@ class Stages:
     def held(self, shape: Shape) -> tuple[float, float]:
         """Parameters of a stage on a rank: experts, and everything else."""
         model, job = self.model, self.job
-        moe = shape.moe + self._mtp_layers(shape)
+        moe = shape.moe + shape.mtp
         experts = moe * model.experts * model.expert_weights / (job.ep * job.etp)
         dense = shape.dense * weights_of(model, is_moe=False) + moe * weights_of(model, is_moe=True)
         tables = (shape.is_first + (shape.is_last and not (model.tied and shape.is_first))) * model.embedding_weights
-        return experts, (dense + tables + shape.is_last * model.mtp * 2 * model.hidden**2) / job.tp
+        return experts, (dense + tables + shape.mtp * 2 * model.hidden**2) / job.tp
 
     def reduction(self, shapes: Iterable[Shape], copies: int) -> Reduction:
         """Of a rank that holds these stages, each of which `copies` ranks of its pipeline hold."""
@@ -247,7 +272,7 @@ class Stages:
             if not parameters:
                 continue
             owned = parameters / (ranks * copies if job.zero else 1)
-            each = 2 * job.master_bytes + 4 * job.moment_bytes + UPDATE_BYTES
+            each = 2 * job.master_bytes + 4 * job.moment_bytes + job.update_bytes
             update_s += owned * each / self.kernels.device.memory_speed
             if job.zero < 3:
                 reduce_s += self.network.collective_s(parameters * job.grad_wire_bytes, group) * (1 if job.zero else 2)

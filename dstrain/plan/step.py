@@ -74,7 +74,7 @@ class Closed:
     def _sums(self, shape: Shape) -> Sums:
         forward, into, weight = self.stages.passes(shape)
         sent = self.job.blocking_sends * self.stages.send_ms
-        blocks = shape.moe + (self.job.model.mtp if shape.is_last else 0)
+        blocks = shape.moe + shape.mtp
         alone, paired = ((0.0, 0.0), 0.0)
         if self.stages.spreads and blocks:
             alone = blocks * self._alone()[0], blocks * self._alone()[1]
@@ -167,7 +167,7 @@ class Closed:
         for n in self.placed.held[rank]:
             shape = stages.shapes[n]
             layers = [(shape.dense, stages.dense.kinds)] if shape.dense else []
-            moe = shape.moe + (self.job.model.mtp if shape.is_last else 0)
+            moe = shape.moe + shape.mtp
             layers += [(moe, stages.moe.kinds)] if moe else []
             ends = {"head": sum(map(sum, stages.ends(shape)))}
             total = added(total, ends, *({kind: ms * times for kind, ms in kinds.items()} for times, kinds in layers))
