@@ -77,6 +77,8 @@ class Job:
     blocking_sends: bool = False
     flash: bool = True
     cuda_graph: bool = False
+    # Products and casts of each expert of a rank are kernels of their own.
+    launch_per_expert: bool = False
     # Kernels bound by memory, over what fused ones take.
     unfused: float = 1.0
     # Core of attention, over what the fastest kernels take.

@@ -260,8 +260,17 @@ class Kernels:
     @cached_property
     def moe_layer(self) -> LayerWork:
         sent = exchanges(self.job, self.hardware, self.spread_tokens)
-        awaited = LAUNCHES["moe"][0] if sent.out_s else 0
-        return LayerWork(self.attention + self.routing, self.shared, self.experts, sent, _launches("moe"), awaited)
+        forward, backward = _launches("moe")
+        more = self._launches_of_experts()
+        awaited = LAUNCHES["moe"][0] + more if sent.out_s else 0
+        launches = forward + more, backward + 2 * more
+        return LayerWork(self.attention + self.routing, self.shared, self.experts, sent, launches, awaited)
+
+    def _launches_of_experts(self) -> int:
+        """Of two products forward, with the casts of both operands."""
+        if not self.job.launch_per_expert:
+            return 0
+        return self.model.experts // self.job.ep * (6 if self.job.products in NARROW else 2)
 
     @cached_property
     def embedding(self) -> Work:

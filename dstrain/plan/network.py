@@ -15,6 +15,8 @@ from dstrain.plan.traffic import Router, row_bytes
 
 # Assumed where a file says nothing (NCCL, a collective).
 LATENCY_US = 20.0
+# From node to node around a ring (64 bytes over InfiniBand, arXiv:2505.09343, table 5).
+HOP_S = 3.7e-6
 # Share of its speed that an all-to-all keeps while other kernels compute: of DeepEP on H800, 28-36 of 51 GB/s out and
 # 37-39 of 50 GB/s home (dstrain/plan/data/deepseek_train_trace.json against gpu_microbenchmarks.json).
 OVERLAPPED = 0.7
@@ -61,7 +63,8 @@ class Network:
             # Every rank of a node feeds its own network card.
             across = group.local * machine.inter_node_gbytes_per_s * machine.inter_node_efficiency
             speed = min(speed, across) if group.local > 1 else across
-        return num_bytes * (group.size - 1) / group.size / (speed * 1e9) + self._latency_s(group)
+        passed_s = num_bytes * (group.size - 1) / group.size / (speed * 1e9)
+        return passed_s + self._latency_s(group) + (group.nodes - 1) * HOP_S
 
     def send_s(self, num_bytes: float, crosses: bool) -> float:
         """From one rank to another."""

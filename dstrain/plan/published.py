@@ -108,6 +108,7 @@ class Software:
     moment_bytes: int = 4
     # Kernels bound by memory, over those of fused ones.
     unfused: float = 1.0
+    launch_per_expert: bool = False
     # Of the update; a kernel for each operation of AdamW has 22 operands of 4 bytes instead of 7.
     update_bytes: int = 10
 
@@ -115,16 +116,16 @@ class Software:
 # A part of `source` -> its software.
 SOFTWARE = {
     # NeMo and Megatron-Bridge: BF16 gradients, tensor-parallel transfers split up under products.
-    "dgxc-benchmarking": Software(grad_bytes=2, tp_overlap=0.7),
-    "Megatron-Bridge": Software(grad_bytes=2, tp_overlap=0.7),
-    "ModelZoo": Software(),
+    "dgxc-benchmarking": Software(grad_bytes=2, tp_overlap=0.7, launch_per_expert=True),
+    "Megatron-Bridge": Software(grad_bytes=2, tp_overlap=0.7, launch_per_expert=True),
+    "ModelZoo": Software(launch_per_expert=True),
     # Megatron-LM of 2022: scores in memory, one send after the other.
     "arXiv:2205.05198": Software(blocking_sends=True),
     "arXiv:2201.11990": Software(blocking_sends=True),
     "torchtitan": Software(),
     # One kernel after the other, as PyTorch has them.
     "llm-foundry": Software(grad_bytes=2, unfused=1.6, update_bytes=80),
-    "SimuMax": Software(blocking_sends=True),
+    "SimuMax": Software(blocking_sends=True, launch_per_expert=True),
 }
 
 
@@ -258,6 +259,7 @@ def job_of_row(row: Row) -> Job:
         split=tuple(config.get("split", ())),
         free_split=True,
         update_bytes=software.update_bytes,
+        launch_per_expert=software.launch_per_expert,
         overlap=config.get("ep_overlap") == "pair" or config.get("sched") == "dualpipe" or row.metric == "pair_ms",
         splits_weights=row.metric == "pair_ms" or "ep_overlap" in config or config.get("sched") in ("dualpipe", "zb1p"),
         in_flight=2 if row.metric == "pair_ms" else 1,
