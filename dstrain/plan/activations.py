@@ -45,6 +45,9 @@ class Library:
     pads_values: bool = False
     # FP8 products keep inputs in FP8, and quantise a weight once a step, both ways round.
     keeps_fp8: bool = True
+    # With them SwiGLU's input is kept in FP8 and its output computed again; attention's output for the product after it
+    # in E5M6; and rows of tokens as they came, one for all experts of a rank.
+    keeps_narrow: bool = False
     # Outputs and gradients that a stage is ready to receive beside those in use.
     receives_ahead: int = 0
     # Every micro-batch has a buffer for its gradient, and its output stays until then (torch.distributed.pipelining).
@@ -61,7 +64,9 @@ class Library:
 
 
 # Log-probabilities in FP32; from there the gradients of both their parts. BF16 logits are freed before.
-DSTRAIN = Library("dstrain", 4, 8, 2, pads_values=True, receives_ahead=2, packs=True, keeps_rotation=True)
+DSTRAIN = Library(
+    "dstrain", 4, 8, 2, pads_values=True, keeps_narrow=True, receives_ahead=2, packs=True, keeps_rotation=True
+)
 # Transformer Engine: cross entropy writes the gradient over the BF16 logits (docs of te.parallel_cross_entropy).
 MEGATRON = Library("Megatron-Core", 2, 0, 0, placeholders=True, forgets_normed=True)
 # FP8 products of torchao take, and keep, BF16.
@@ -102,8 +107,10 @@ class Activations:
         self.value = 4 if job.products == "float32" else 2
         narrow = FP8_BYTES.get(job.products) if library.keeps_fp8 else None
         self.is_narrow = narrow is not None
-        # Of a value that a product keeps.
+        # Of a value that a product keeps, and one that SwiGLU keeps.
         self.input = narrow or self.value
+        self.gated = self.input if library.keeps_narrow else self.value
+        self.repeats_swiglu = self.is_narrow and library.keeps_narrow
         self.spread = job.tokens / job.tp if job.sequence_parallel and job.tp > 1 else job.tokens
         # A tensor of the residual stream, in elements.
         self.stream = self.spread * self.model.hidden
@@ -151,7 +158,7 @@ class Activations:
             # Attention's own output is not what the projection keeps: it is cut, rounded, or sent on to the ranks that
             # hold the tokens.
             found.append(_saved(tokens * heads * v_dim * self.value, up))
-        narrow = E5M6_BYTES if self.is_narrow and job.products == "fp8_block" else self.input
+        narrow = E5M6_BYTES if self.repeats_swiglu and job.products == "fp8_block" else self.input
         found.append(_saved(tokens * heads * model.v_dim * narrow, whole))
         return found
 
@@ -169,14 +176,12 @@ class Activations:
 
     def ffn(self, width: float, *, forgotten: str) -> list[Saved]:
         """A dense network of that inner width, its input apart."""
-        tokens = self.job.tokens
-        upper = tokens * width * self.input / self.job.tp
-        found = [_saved(upper, forgotten)]
+        elements = self.job.tokens * width / self.job.tp
+        found = [_saved(elements * self.gated, forgotten)]
         if self.model.gated:
-            found.append(_saved(upper, f"sac {forgotten}"))
-        if not self.is_narrow:
-            # Otherwise computed again in any case.
-            found.append(_saved(upper, f"swiglu sac {forgotten}"))
+            found.append(_saved(elements * self.gated, f"sac {forgotten}"))
+        if not self.repeats_swiglu:
+            found.append(_saved(elements * self.input, f"swiglu sac {forgotten}"))
         return found
 
     def second(self, whole: str) -> list[Saved]:
@@ -217,20 +222,19 @@ class Activations:
     @cached_property
     def experts(self) -> list[Saved]:
         job, model = self.job, self.model
-        inner = self.rows * model.expert_ffn / job.etp * self.input
+        elements = self.rows * model.expert_ffn / job.etp
         whole = "layer experts moe"
         found = [_saved(self._arrived, "moe"), _saved(self.rows * ROW_BYTES)]
-        found.append(_saved(2 * inner if model.gated else inner, whole))
-        if not self.is_narrow:
-            found.append(_saved(inner, f"swiglu {whole}"))
+        found.append(_saved(elements * self.gated * (2 if model.gated else 1), whole))
+        if not self.repeats_swiglu:
+            found.append(_saved(elements * self.input, f"swiglu {whole}"))
         return found
 
     @property
     def _arrived(self) -> float:
-        """Rows that experts take. In FP8 they stay as they came, one for all experts of a rank, unless these are run
-        again as a whole."""
+        """Rows that experts take; kept as they came, they are fewer, unless the experts are run again as a whole."""
         each = self.model.hidden * self.input
-        if not self.is_narrow or self.job.recompute & {"layer", "experts"} or self.job.dispatcher == "alltoall":
+        if not self.repeats_swiglu or self.job.recompute & {"layer", "experts"} or self.job.dispatcher == "alltoall":
             return self.rows * each
         places = visited(router_key(self.model), self.job.ep)
         return self.rows * each * places / self.model.experts_per_token
