@@ -191,7 +191,7 @@ def _row(number: int, row: Any, models: Mapping[str, Any]) -> Row:
 def _positive(where: str, row: Mapping[str, Any]) -> None:
     """Raises UserError for a number that is none, or not above 0."""
     whole = ("seq", "gbs", "mbs", "tp", "pp", "vp", "cp", "ep", "etp")
-    found = [(key, row["config"][key], int) for key in whole if key in row["config"]]
+    found: list[tuple[str, Any, type]] = [(key, row["config"][key], int) for key in whole if key in row["config"]]
     found += [("n_gpu", row["n_gpu"], int), ("value", row["value"], float)]
     found += [(key, row[key], float) for key in ("gpus_per_node", "nic_GBps_per_gpu") if key in row]
     for key, value, kind in found:

@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 from dstrain.config.hardware import HardwareConfig
+from dstrain.errors import ConfigError
 from dstrain.plan.architecture import Architecture
 from dstrain.plan.job import Job
 from dstrain.plan.layer import Kernels, Kinds, LayerWork, Work, added
@@ -72,6 +73,7 @@ class Stages:
     """The stages of a job on a machine."""
 
     def __init__(self, job: Job, hardware: HardwareConfig):
+        check_known(job, hardware)
         self.job, self.hardware, self.model = job, hardware, job.model
         self.kernels, self.network = Kernels(job, hardware), Network(hardware)
         # Whether tokens travel: otherwise a stage is one stretch.
@@ -99,17 +101,17 @@ class Stages:
         beside = (forward, into + weight) if self.hardware.multiprocessors else (0.0, 0.0)
         waits = max(awaited, launched[0] - beside[0]), max(0.0, launched[1] - beside[1])
         gathers = self._gathers(weights, forward, into + weight)
-        shared = self._shared(work, weights, forward + into + weight)
-        slower = [shared + (waits[0] + gathers[0]) / forward, shared + (waits[1] + gathers[1]) / (into + weight)]
-        kinds["shared with transfers"] += (shared - 1) * (forward + into + weight)
+        held = self._held_up(work, weights, forward + into + weight)
+        ahead = (held + (waits[0] + gathers[0]) / forward) * 1e3
+        back = (held + (waits[1] + gathers[1]) / (into + weight)) * 1e3
+        kinds["shared with transfers"] += (held - 1) * (forward + into + weight)
         kinds["host"] += sum(waits)
         kinds["sharded weights"] += sum(gathers)
-        scaled = [(f * slower[0] * 1e3, i * slower[1] * 1e3, w * slower[1] * 1e3) for f, i, w in phases]
+        attend, shared, experts = ((f * ahead, i * back, w * back) for f, i, w in phases)
         sent = work.exchanges
-        attend, shared, experts = scaled
         return Layer(attend, shared, experts, sent.out_s * 1e3, sent.home_s * 1e3, _in_ms(kinds))
 
-    def _shared(self, work: LayerWork, weights: float, compute_s: float) -> float:
+    def _held_up(self, work: LayerWork, weights: float, compute_s: float) -> float:
         """How much longer compute takes because kernels of transfers that run beside it hold multiprocessors."""
         if not self.hardware.multiprocessors:
             return 1.0
@@ -172,10 +174,10 @@ class Stages:
 
     def passes(self, shape: Shape) -> Passes:
         """All compute of a stage."""
-        layers = [tuple(x * shape.dense for x in self.dense.passes)] if shape.dense else []
+        layers = [self.dense.passes] * shape.dense if shape.dense else []
         count = shape.moe + shape.mtp
-        layers += [tuple(x * count for x in self.moe.passes)] if count else []
-        return summed([*layers, *self.ends(shape)])  # type: ignore[list-item]
+        layers += [self.moe.passes] * count if count else []
+        return summed([*layers, *self.ends(shape)])
 
     def costs(self, shape: Shape) -> Costs:
         """By phase: dense layers come before those with experts."""
@@ -186,7 +188,7 @@ class Stages:
         stretches = [self.moe.attend] * blocks + [behind]
         dense = [self.dense.passes] * shape.dense if shape.dense else []
         stretches[0] = summed([stretches[0], before, *dense])
-        compute_ms = {}
+        compute_ms: dict[tuple[Pass, Phase, int], float] = {}
         for n, each in enumerate(stretches):
             compute_ms |= dict(self._by_pass(Phase.ATTEND, n, each))
         transfer_ms = {}
@@ -299,6 +301,19 @@ def step_times(job: Job, hardware: HardwareConfig) -> StepTimes:
     ranks = [stages.reduction([stages.shapes[n] for n in own], placed.copies if placed else 1) for own in held]
     exposed_ms = stages.send_ms if job.blocking_sends else 0.0
     return StepTimes(tuple(by_shape[shape] for shape in stages.shapes), stages.send_ms, exposed_ms, tuple(ranks))
+
+
+def check_known(job: Job, hardware: HardwareConfig) -> None:
+    """Raises ConfigError for a machine that does not say what the job depends on."""
+    needed = ["peak_bf16_tflops", "memory_gbytes_per_s"]
+    if job.gpus > 1 and hardware.devices_per_node > 1:
+        needed.append("intra_node_gbytes_per_s")
+    if job.gpus > hardware.devices_per_node:
+        needed.append("inter_node_gbytes_per_s")
+    for name in needed:
+        if not getattr(hardware, name):
+            cure = "Name a machine (hardware=h100_sxm), or measure yours with `dstrain calibrate`"
+            raise ConfigError(f"hardware.{name}", 0, "a plan needs to know it", cure)
 
 
 def weights_of(model: Architecture, *, is_moe: bool) -> int:
