@@ -9,16 +9,17 @@ The peak of a rank is the worst moment of its pipeline's table (in_flight.py): w
 what the backward pass that begins needs beside.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
 from dstrain.config.hardware import HardwareConfig
-from dstrain.plan.activations import DSTRAIN, FP8_BYTES, TORCHTITAN, Activations, Library
+from dstrain.plan.activations import DSTRAIN, TORCHTITAN, Activations, Library
 from dstrain.plan.in_flight import Moment, Peaks, alone, peaks
 from dstrain.plan.job import Job
 from dstrain.plan.network import router_key, visited
 from dstrain.plan.stages import Shape, Stages, weights_of
+from dstrain.plan.state import State
 from dstrain.plan.traffic import row_bytes
 from dstrain.schedule.pipeline import Layout
 from dstrain.schedule.pipelines.choose import layout
@@ -41,8 +42,6 @@ DEEPEP_HIDDEN = 7168
 DEEPEP_NODE_MIB, DEEPEP_NODES_MIB, DEEPEP_MANY_NODES_MIB, DEEPEP_NETWORK_MIB = 384, 432, 840, 48
 # Gradients on their way: this many buckets (engine.bucket_mib), in FP32.
 BUCKETS, BUCKET_MIB = 2, 32
-# A scale in FP32 for 256 values.
-INT8_BYTES = 1 + 4 / 256
 
 
 @dataclass(frozen=True)
@@ -110,6 +109,7 @@ class _Memory:
         self.shapes = shapes if shapes is not None else _shapes(job, hardware)
         self.layout = layout(job.pipeline, job.pp, job.chunks) if job.pp > 1 else Layout(((0,),))
         self.kept = Activations(job, library, composed=not self.is_gpu)
+        self.state = State(job, library, self.layout.copies, is_gpu=self.is_gpu)
 
     def ranks(self, exact: bool) -> tuple[RankMemory, ...]:
         job, held = self.job, self.layout.held
@@ -124,7 +124,7 @@ class _Memory:
         activations, working, logits = max((_used(moment, stages) for moment in moments), key=sum)
         buffers = self.buffers + (self.table_gathers if self._has_ends(own) else 0.0)
         workspace = self.workspace + self._placeholders([self.shapes[n] for n in own])
-        weights, gradients, optimizer = self._state([self.shapes[n] for n in own])
+        weights, gradients, optimizer = self.state.sizes([self.shapes[n] for n in own])
         allocated = weights + gradients + optimizer + activations + working + logits + buffers + workspace
         holes = self.kept.holes if any(self.shapes[n].is_last for n in own) else 0.0
         return RankMemory(
@@ -144,75 +144,6 @@ class _Memory:
     def _has_ends(self, own: Sequence[int]) -> bool:
         return any(self.shapes[n].is_first or self.shapes[n].is_last for n in own)
 
-    # -- weights, gradients, optimiser --------------------------------------------------------------------------------
-
-    def _state(self, shapes: Sequence[Shape]) -> tuple[float, float, float]:
-        """Bytes of a rank that holds these stages."""
-        job = self.job
-        moment = INT8_BYTES if job.moment_bytes == 1 else job.moment_bytes
-        weights = gradients = optimizer = 0.0
-        for count, products, ranks in self._parameters(shapes):
-            owned = count / (ranks if job.zero else 1)
-            optimizer += owned * (job.master_bytes + 2 * moment)
-            gradients += (owned if job.zero == 3 else count) * job.grad_bytes
-            # Sharded weights are the master weights.
-            weights += (0.0 if job.zero == 3 else count * self.kept.value) + products * self._fp8_copies
-        if self.library is DSTRAIN and job.master_bytes:
-            # Weights of routers are FP32, and their own masters.
-            routers = sum(map(self._moe, shapes)) * self.model.experts * self.model.hidden
-            weights += routers * (job.master_bytes - self.kept.value)
-            optimizer -= routers / (job.dp * self.layout.copies) * job.master_bytes
-        return weights, gradients, optimizer
-
-    @property
-    def _fp8_copies(self) -> float:
-        """Bytes of a weight of FP8 products beside it: as it is and transposed."""
-        held = self.job.products in FP8_BYTES and self.library.keeps_fp8 and self.is_gpu
-        return 2.0 if held else 0.0
-
-    def _parameters(self, shapes: Sequence[Shape]) -> Iterator[tuple[float, float, int]]:
-        """Of a rank: parameters, those of them in products that may be FP8, and the ranks that share their state."""
-        job, copies = self.job, self.layout.copies
-        experts = sum(self._experts(shape) for shape in shapes)
-        yield experts, experts, job.expert_dp * copies
-        dense = [self._dense(shape) for shape in shapes]
-        yield sum(all_ for all_, _ in dense), sum(products for _, products in dense), job.dp * job.cp * copies
-        # An embedding that both ends of the model use is shared by the ranks of both.
-        apart = self._embeds_at_end and job.pp > 1 and copies == 1 and not _is_whole(shapes)
-        for name in set().union(*map(self._tables, shapes)):
-            ends = 2 if name == "embedding" and apart else 1
-            yield self.model.embedding_weights / job.tp, 0.0, job.dp * job.cp * copies * ends
-
-    @property
-    def _embeds_at_end(self) -> bool:
-        return self.model.tied or self.model.mtp > 0
-
-    def _tables(self, shape: Shape) -> set[str]:
-        """The embedding and the head that a stage uses."""
-        found = {"embedding"} if shape.is_first or (shape.is_last and self._embeds_at_end) else set()
-        return found | ({"head"} if shape.is_last and not self.model.tied else set())
-
-    def _moe(self, shape: Shape) -> int:
-        return shape.moe + (self.model.mtp if shape.is_last and self.model.experts else 0)
-
-    def _experts(self, shape: Shape) -> float:
-        job, model = self.job, self.model
-        return self._moe(shape) * model.experts * model.expert_weights / (job.ep * job.etp)
-
-    def _dense(self, shape: Shape) -> tuple[float, float]:
-        """Everything but experts and tables; and of it, what is multiplied outside of the router."""
-        job, model = self.job, self.model
-        moe = self._moe(shape)
-        router = model.experts * model.hidden
-        norms = (shape.dense + moe) * model.norm_weights + (model.hidden if shape.is_last else 0)
-        products = (shape.dense * weights_of(model, is_moe=False) + moe * weights_of(model, is_moe=True)) - (
-            (shape.dense + moe) * model.norm_weights + moe * router
-        )
-        if shape.is_last and model.mtp:
-            products += model.mtp * 2 * model.hidden**2
-            norms += model.mtp * 3 * model.hidden
-        return products / job.tp + moe * router + norms, products / job.tp
-
     # -- activations --------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -220,7 +151,7 @@ class _Memory:
         return {shape: self._stage(shape) for shape in set(self.shapes)}
 
     def _stage(self, shape: Shape) -> "StageKept":
-        kept, moe = self.kept, self._moe(shape)
+        kept, moe = self.kept, self.state.moe_layers(shape)
         layers = shape.dense * kept.dense.live + moe * kept.moe.live
         head = kept.head.live if shape.is_last else 0.0
         logits = kept.logits if shape.is_last else 0.0
@@ -302,7 +233,7 @@ class _Memory:
         found: set[tuple[float, float]] = {(out / job.tp, wide) for out, wide in model.attention_matrices}
         up = 2 if model.gated else 1
         widths = [model.ffn / job.tp] if any(shape.dense for shape in shapes) else []
-        if any(map(self._moe, shapes)):
+        if any(map(self.state.moe_layers, shapes)):
             widths += [model.shared_ffn / job.tp, model.expert_ffn / job.etp]
         for width in widths:
             found |= {(up * width, model.hidden), (model.hidden, width)}
@@ -343,11 +274,6 @@ def _shapes(job: Job, hardware: HardwareConfig) -> tuple[Shape, ...]:
     if job.num_stages > 1:
         return Stages(job, hardware).shapes
     return (Shape(job.model.layers - job.model.moe_layers, job.model.moe_layers, is_first=True, is_last=True),)
-
-
-def _is_whole(shapes: Sequence[Shape]) -> bool:
-    """Whether a rank has both ends of the model."""
-    return any(shape.is_first for shape in shapes) and any(shape.is_last for shape in shapes)
 
 
 def _deepep_mib(ranks: int, per_node: int) -> float:
