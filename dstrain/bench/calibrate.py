@@ -38,6 +38,8 @@ from dstrain.plan.stages import step_times
 Predict = Callable[[HardwareConfig], float]
 # Where a constant is looked for: shares of speeds, microseconds.
 LEAST, MOST_SHARE, MOST_US = 1e-3, 10.0, 1e6
+# Something of a transfer is on the link.
+MOST_HOST_SHARE = 0.95
 # Each constant is part of the formulas of some others.
 TURNS = 4
 # The host of a CPU launches its kernels itself, and nothing slows them down that was not there when they were timed.
@@ -136,7 +138,10 @@ def measure(config: Config, groups: Groups, rounds: int) -> Measured:
     facts = _facts(device, groups)
     if groups.world is not None:
         found |= _links(speeds(groups.world))
-        samples |= _transfers(config, groups, rounds, replace(config.hardware, **facts))  # type: ignore[arg-type]
+        taken = list(exchanges(config, groups, groups.world, rounds))
+        samples |= _transfers(config, groups, taken, replace(config.hardware, **facts))  # type: ignore[arg-type]
+        if device.type == "cpu":
+            found["transfer_host_share"] = _host_share(taken, clock.stretch(kernels.micro_batch(small, device)))
     return Measured(facts, found, samples)
 
 
@@ -209,8 +214,9 @@ def _attention(config: Config, clock: Clock) -> Iterator[tuple[str, list[Sample]
 
 
 def compute_s(job: Job, hardware: HardwareConfig) -> float:
-    """All phases of a micro-batch of a job in one stage."""
-    return sum(step_times(job, hardware).stages[0].compute_ms.values()) / 1e3
+    """All phases of a micro-batch of a job in one stage; nothing travels."""
+    without = replace(hardware, transfer_host_share=0.0)
+    return sum(step_times(job, without).stages[0].compute_ms.values()) / 1e3
 
 
 # -- Links ------------------------------------------------------------------------------------------------------------
@@ -222,10 +228,22 @@ def _links(found: Mapping[Link, Speed]) -> dict[str, float]:
     return rates | {f"{names[link]}_latency_us": speed.latency_s * 1e6 for link, speed in found.items()}
 
 
-def _transfers(config: Config, groups: Groups, rounds: int, machine: HardwareConfig) -> dict[str, list[Sample]]:
+def _host_share(taken: Sequence[Exchange], stretch: float) -> float:
+    """What of transfers of tokens is work of cores, which compute then has to do without; as much longer as all work
+    that shares cores."""
+    sent = [each for each in taken if _is_of_tokens(each)]
+    whole_ms = sum(each.ms for each in sent)
+    return min(MOST_HOST_SHARE, stretch * sum(each.cpu_ms for each in sent) / whole_ms) if sent else 0.0
+
+
+def _is_of_tokens(each: Exchange) -> bool:
+    return each.group == "ep" and ": " in each.what
+
+
+def _transfers(
+    config: Config, groups: Groups, taken: Sequence[Exchange], machine: HardwareConfig
+) -> dict[str, list[Sample]]:
     """Rows through every transport that can carry them, and a bucket of each kind."""
-    assert groups.world is not None
-    taken = list(exchanges(config, groups, groups.world, rounds))
     samples: dict[str, list[Sample]] = {}
     for key, sample in [*_rows(config, taken, machine), *_reductions(config, groups, taken, machine)]:
         samples.setdefault(key, []).append(sample)
@@ -236,8 +254,8 @@ def _rows(config: Config, taken: Sequence[Exchange], machine: HardwareConfig) ->
     job = job_of(kernels.two_layers(config))
     across = Group.of(job.ep, job.etp, machine.devices_per_node).nodes > 1
     for each in taken:
-        kind, _, way = each.what.partition(": ")
-        if each.group == "ep" and way:
+        if _is_of_tokens(each):
+            kind, _, way = each.what.partition(": ")
             sent = replace(job, dispatcher=kind, wire=wire_of(config))
             yield _key("alltoall_efficiency", across), Sample(each.what, each.ms / 1e3, partial(_way_s, sent, way))
 

@@ -7,6 +7,7 @@ rounds after one that warms up.
 Shapes: T tokens of a micro-batch, D hidden.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,8 @@ class Exchange:
     # By the rank that sends most on that kind of link.
     sent_bytes: dict[Link, int]
     ms: float
+    # Of the processor, for the rank that needs most.
+    cpu_ms: float
 
 
 def speeds(everyone: Peers) -> dict[Link, Speed]:
@@ -87,22 +90,29 @@ def buckets(config: Config, groups: Groups) -> Iterator[tuple[str, Peers, int]]:
 def _timed(acts: Mapping[str, Callable[[], object]], peers: Peers, everyone: Peers, rounds: int) -> Iterator[Exchange]:
     """The acts in turn, `rounds` times and once before."""
     times_ms: defaultdict[str, list[float]] = defaultdict(list)
+    cpu_ms: defaultdict[str, list[float]] = defaultdict(list)
     sent: dict[str, Tensor] = {}
     trace = everyone.trace
     for _ in range(1 + rounds):
         for name, act in acts.items():
             account: list[CommTotals] = []
 
-            def traced(act: Callable[[], object] = act, account: list[CommTotals] = account) -> None:
+            def traced(act: Callable[[], object] = act, account: list[CommTotals] = account, name: str = name) -> None:
                 trace.take()
+                began_s = time.process_time()
                 act()
+                cpu_ms[name].append((time.process_time() - began_s) * 1e3)
                 account.append(trace.take())
 
             times_ms[name].append(slowest_s(traced, everyone) * 1e3)
             sent[name] = torch.tensor([account[0].link_bytes.get(link, 0) for link in LINKS])
     for name, sent_L in sent.items():
-        most_L = all_reduce_max(sent_L.to(trace.device), everyone).tolist()
-        yield Exchange(name, peers.name, peers.size, dict(zip(LINKS, most_L, strict=True)), median(times_ms[name][1:]))
+        own = [*sent_L.tolist(), median(cpu_ms[name][1:])]
+        *most_L, most_ms = all_reduce_max(
+            torch.tensor(own, dtype=torch.float64, device=trace.device), everyone
+        ).tolist()
+        num_bytes = dict(zip(LINKS, map(int, most_L), strict=True))
+        yield Exchange(name, peers.name, peers.size, num_bytes, median(times_ms[name][1:]), most_ms)
 
 
 class _Tokens:

@@ -60,6 +60,13 @@ class Clock:
         calls = max(1, round(LONG_ENOUGH_S / self._once(act, 1)))
         return median(self._once(act, calls) for _ in range(self.rounds)) / calls
 
+    def stretch(self, act: Act) -> float:
+        """How much longer a call takes than the processor works on it: ranks that share cores wait for each other."""
+        began, seconds = time.process_time(), 0.0
+        for _ in range(self.rounds):
+            seconds += self._once(act, 1)
+        return seconds / self._most(time.process_time() - began)
+
     def _once(self, act: Act, calls: int) -> float:
         self._most(0.0)
         began = time.perf_counter()

@@ -46,6 +46,8 @@ class HardwareConfig:
     host_us: float = 6.0
     # Of the host, once a step: batches, sums of losses, the norm of the gradient, launches of the optimiser.
     step_us: float = 0.0
+    # Of a CPU: share of the time of a transfer of tokens in which its cores work on it, and not on the model.
+    transfer_host_share: float = 0.0
     devices_per_node: int = 1
     # 0: as many as the layout has ranks for.
     nodes: int = 0
