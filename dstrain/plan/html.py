@@ -41,8 +41,8 @@ MADE_BY = "dstrain plan"
 LEAST = 0.01
 
 
-def render(report: Report, played: Played, software: str) -> str:
-    """The whole file; `software` says who has made it."""
+def render(report: Report, played: Played) -> str:
+    """The whole file."""
     body = "\n".join(_sections(report, played))
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
