@@ -303,8 +303,8 @@ class Activations:
 
     @cached_property
     def logits(self) -> float:
-        """Of a micro-batch, kept for the backward pass; the head and each MTP module have some."""
-        return self._logit_count * self.library.logit_bytes * (1 + self.model.mtp)
+        """Of a micro-batch, kept for the backward pass; the head and each MTP module have as many."""
+        return self._logit_count * self.library.logit_bytes
 
     @cached_property
     def holes(self) -> float:
@@ -316,15 +316,22 @@ class Activations:
 
     @cached_property
     def head(self) -> Kept:
-        """The last norm and the products of head and MTP modules; logits are counted apart."""
-        norms = sum(one.num_bytes for one in self._norm(self.stream)) + self.stream * self.value
-        # A module joins two normed streams before its layer.
-        mtp = self.model.mtp * (3 * norms + 2 * self.stream * self.input)
+        """The last norm and the head; logits are counted apart."""
         table = self.model.embedding_weights / self.job.tp * self.value
         work = self._logit_count * self.library.logit_work_bytes
         if not self.library.placeholders:
             work = max(work, self._logit_count * self.value + table)
-        return Kept(norms + mtp, 0.0, work + self.stream * self.value + self._gathered)
+        return Kept(self._last_norm, 0.0, work + self.stream * self.value + self._gathered)
+
+    @cached_property
+    def mtp(self) -> float:
+        """What a module keeps beside its layer and its logits: it joins two normed streams before, and has a norm of
+        its own behind."""
+        return 2 * (self._last_norm - self.stream * self.value + self.stream * self.input) + self._last_norm
+
+    @property
+    def _last_norm(self) -> float:
+        return sum(one.num_bytes for one in self._norm(self.stream)) + self.stream * self.value
 
     @cached_property
     def embedding(self) -> Kept:

@@ -152,15 +152,18 @@ class _Memory:
 
     def _stage(self, shape: Shape) -> "StageKept":
         kept, moe = self.kept, self.state.moe_layers(shape)
-        layers = shape.dense * kept.dense.live + moe * kept.moe.live
-        head = kept.head.live if shape.is_last else 0.0
-        logits = kept.logits if shape.is_last else 0.0
-        pending = shape.dense * kept.dense.pending + moe * kept.moe.pending
+        # MTP modules of a dense model have dense layers.
+        dense = shape.dense + shape.mtp * (not self.model.experts)
+        layers = dense * kept.dense.live + moe * kept.moe.live
+        head = shape.is_last * kept.head.live + shape.mtp * kept.mtp
+        heads = shape.is_last + shape.mtp
+        logits = heads * kept.logits
+        pending = dense * kept.dense.pending + moe * kept.moe.pending
         # The backward pass begins at the end, with everything there; what it has passed is gone.
         working = [kept.moe.working if moe else kept.dense.working]
-        working += [kept.dense.working - moe * kept.moe.live] if shape.dense and moe else []
+        working += [kept.dense.working - moe * kept.moe.live] if dense and moe else []
         working = [need - head - logits for need in working]
-        working += [kept.head.working] if shape.is_last else []
+        working += [kept.head.working] if heads else []
         working += [kept.embedding.working - layers - head - logits] if shape.is_first else []
         outputs = kept.stream * kept.value if self.library.keeps_outputs and not shape.is_last else 0.0
         return StageKept(layers + head + outputs, logits, pending, max(0.0, *working))
@@ -273,7 +276,7 @@ def _shapes(job: Job, hardware: HardwareConfig) -> tuple[Shape, ...]:
     """Only a split that the job leaves open asks how fast the machine is."""
     if job.num_stages > 1:
         return Stages(job, hardware).shapes
-    return (Shape(job.model.layers - job.model.moe_layers, job.model.moe_layers, is_first=True, is_last=True),)
+    return (Shape(job.model.layers - job.model.moe_layers, job.model.moe_layers, True, True, job.model.mtp),)
 
 
 def _deepep_mib(ranks: int, per_node: int) -> float:

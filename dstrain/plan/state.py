@@ -64,12 +64,14 @@ class State:
         return self.model.tied or self.model.mtp > 0
 
     def _tables(self, shape: Shape) -> set[str]:
-        """The embedding and the head that a stage uses."""
-        found = {"embedding"} if shape.is_first or (shape.is_last and self._embeds_at_end) else set()
-        return found | ({"head"} if shape.is_last and not self.model.tied else set())
+        """The embedding and the head that a stage uses; MTP modules use both."""
+        ends = shape.is_last or shape.mtp > 0
+        found = {"embedding"} if shape.is_first or shape.mtp or (ends and self.model.tied) else set()
+        return found | ({"head"} if ends and not self.model.tied else set())
 
     def moe_layers(self, shape: Shape) -> int:
-        return shape.moe + (self.model.mtp if shape.is_last and self.model.experts else 0)
+        """With those of MTP modules, which are like the last layer."""
+        return shape.moe + (shape.mtp if self.model.experts else 0)
 
     def _experts(self, shape: Shape) -> float:
         job, model = self.job, self.model
@@ -84,9 +86,8 @@ class State:
         products = (shape.dense * weights_of(model, is_moe=False) + moe * weights_of(model, is_moe=True)) - (
             (shape.dense + moe) * model.norm_weights + moe * router
         )
-        if shape.is_last and model.mtp:
-            products += model.mtp * 2 * model.hidden**2
-            norms += model.mtp * 3 * model.hidden
+        products += shape.mtp * 2 * model.hidden**2
+        norms += shape.mtp * 3 * model.hidden
         return products / job.tp + moe * router + norms, products / job.tp
 
 
