@@ -80,8 +80,10 @@ def _end(number: int, rank: RankPlay, played: Played) -> Iterator[Event]:
 
 def _box(name: str, rank: int, row: int, times_ms: tuple[float, float], args: dict[str, Any]) -> Event:
     start_ms, end_ms = times_ms
+    # Nanoseconds are enough, and half as long to read.
+    times = {"ts": round(start_ms * UNIT_US, 3), "dur": round((end_ms - start_ms) * UNIT_US, 3)}
     place = {"cat": ROWS[row], "ph": "X", "pid": rank, "tid": row}
-    return {"name": name, **place, "ts": start_ms * UNIT_US, "dur": (end_ms - start_ms) * UNIT_US, "args": args}
+    return {"name": name, **place, **times, "args": args}
 
 
 def _meta(kind: str, rank: int, row: int, args: dict[str, Any]) -> Event:

@@ -31,11 +31,11 @@ def test_rows_of_a_step():
     rows = boxes(found)
     for number, rank in enumerate(step.ranks):
         slots, computes = rows[number, "slots"], rows[number, "compute"]
-        assert [slot["ts"] for slot in slots] == [1000 * run.start_ms for run in rank.runs]
-        assert sum(compute["dur"] for compute in computes) == pytest.approx(1000 * rank.compute_ms)
+        assert [slot["ts"] for slot in slots] == pytest.approx([1000 * run.start_ms for run in rank.runs])
+        assert sum(compute["dur"] for compute in computes) == pytest.approx(1000 * rank.compute_ms, rel=1e-6)
         for row in (slots, computes, rows[number, "dispatch, combine"]):
             ends = [event["ts"] + event["dur"] for event in row]
-            assert all(end <= after["ts"] + 1e-6 for end, after in zip(ends, row[1:], strict=False))
+            assert all(end <= after["ts"] + 2e-3 for end, after in zip(ends, row[1:], strict=False))
         assert [box["name"] for box in rows[number, "update, param"]] == ["update", "param"]
         assert rows[number, "grad"][0]["dur"] >= 30_000
     last = max(event["ts"] + event["dur"] for event in found if event["ph"] == "X")
