@@ -257,7 +257,8 @@ class Activations:
         # Gradients of the stream and of the activation's input.
         working = self.stream * self.value + inner * (2 if self.model.gated else 1) + self._gathered
         weights = [*self._attention_weights, self.model.hidden * self.model.ffn * self.model.matrices_of_ffn]
-        return Kept(kept, self._pending(inner, 0.0), working + forgotten + self._weight_gradient(weights))
+        pending = self._pending(self.model.ffn)
+        return Kept(kept, pending, working + forgotten + self._weight_gradient(weights))
 
     @cached_property
     def moe(self) -> Kept:
@@ -270,9 +271,8 @@ class Activations:
         working = 2 * self.stream * self.value + 2 * rows + self._gathered
         held = model.experts / job.ep
         weights = [*self._attention_weights, held * model.hidden * model.expert_ffn / job.etp * 2]
-        shared = job.tokens * model.shared_ffn / job.tp * self.value
-        experts = self.rows * model.expert_ffn / job.etp * self.value
-        pending = self._pending(shared, 0.0) + 3 * experts + 2 * rows + self._arrived
+        experts = self.rows * (model.expert_ffn / job.etp * 3 + model.hidden) * self.input
+        pending = self._pending(model.shared_ffn) + experts + self._arrived
         return Kept(kept, pending, working + forgotten + self._weight_gradient(weights))
 
     @property
@@ -291,13 +291,15 @@ class Activations:
             return 0.0
         return max(sizes) / self.job.tp * (4 if self.is_narrow else self.value)
 
-    def _pending(self, inner: float, rows: float) -> float:
-        """Inputs of a layer's products and the gradients of their outputs, its dense network `inner` bytes wide."""
-        model, job = self.model, self.job
-        gated = 2 if model.gated else 1
-        out = sum(wide for wide, _ in model.attention_matrices) * job.tokens / job.tp * self.value
-        into = sum(wide for _, wide in model.attention_matrices[1:]) * job.tokens / job.tp * self.input
-        return out + into + 2 * self.stream * self.input + self.stream * self.value + inner * (gated + 1) + rows
+    def _pending(self, width: float) -> float:
+        """Inputs of a layer's products and the gradients of their outputs, quantised alike, routed experts without;
+        its dense network is `width` wide."""
+        model = self.model
+        outputs = sum(out for out, _ in model.attention_matrices)
+        inputs = sum(wide for _, wide in model.attention_matrices[1:] if wide != model.hidden)
+        inner = width * (3 if model.gated else 2)
+        # The stream's norm before each half, the gradient behind the second.
+        return (self.job.tokens * (outputs + inputs + inner) / self.job.tp + 3 * self.stream) * self.input
 
     # -- ends of the model --------------------------------------------------------------------------------------------
 

@@ -109,6 +109,8 @@ class _Memory:
         self.shapes = shapes if shapes is not None else _shapes(job, hardware)
         self.layout = layout(job.pipeline, job.pp, job.chunks) if job.pp > 1 else Layout(((0,),))
         self.kept = Activations(job, library, composed=not self.is_gpu)
+        # Weights, gradients, optimiser, buffers and workspace of a rank by what it holds.
+        self.fixed: dict[tuple[Shape, ...], tuple[float, float, float, float, float]] = {}
         self.state = State(job, library, self.layout.copies, is_gpu=self.is_gpu)
 
     def ranks(self, exact: bool) -> tuple[RankMemory, ...]:
@@ -120,13 +122,16 @@ class _Memory:
         return tuple(self._rank(n, own, moments) for n, (own, moments) in enumerate(zip(held, found, strict=True)))
 
     def _rank(self, rank: int, own: Sequence[int], moments: Sequence[Moment]) -> RankMemory:
-        stages = [self.by_shape[self.shapes[n]] for n in own]
+        shapes = tuple(self.shapes[n] for n in own)
+        stages = [self.by_shape[shape] for shape in shapes]
         activations, working, logits = max((_used(moment, stages) for moment in moments), key=sum)
-        buffers = self.buffers + (self.table_gathers if self._has_ends(own) else 0.0)
-        workspace = self.workspace + self._placeholders([self.shapes[n] for n in own])
-        weights, gradients, optimizer = self.state.sizes([self.shapes[n] for n in own])
+        if shapes not in self.fixed:
+            ends = any(shape.is_first or shape.is_last for shape in shapes)
+            buffers = self.buffers + (self.table_gathers if ends else 0.0)
+            self.fixed[shapes] = *self.state.sizes(shapes), buffers, self.workspace + self._placeholders(shapes)
+        weights, gradients, optimizer, buffers, workspace = self.fixed[shapes]
         allocated = weights + gradients + optimizer + activations + working + logits + buffers + workspace
-        holes = self.kept.holes if any(self.shapes[n].is_last for n in own) else 0.0
+        holes = self.kept.holes if any(shape.is_last for shape in shapes) else 0.0
         return RankMemory(
             rank=rank,
             weights_gib=weights / GIB,
@@ -140,9 +145,6 @@ class _Memory:
             fragmentation_gib=(holes + allocated * FRAGMENTATION) / GIB if self.is_gpu else 0.0,
             context_gib=self._context_gib,
         )
-
-    def _has_ends(self, own: Sequence[int]) -> bool:
-        return any(self.shapes[n].is_first or self.shapes[n].is_last for n in own)
 
     # -- activations --------------------------------------------------------------------------------------------------
 
