@@ -40,6 +40,7 @@ Predict = Callable[[HardwareConfig], float]
 LEAST, MOST_SHARE, MOST_US = 1e-3, 10.0, 1e6
 # Something of a transfer is on the link.
 MOST_HOST_SHARE = 0.95
+PATIENCE = 4
 # Each constant is part of the formulas of some others.
 TURNS = 4
 # The host of a CPU launches its kernels itself, and nothing slows them down that was not there when they were timed.
@@ -186,6 +187,8 @@ def _compute(
             yield key, samples
     yield from _attention(config, clock)
     device = clock.device
+    # What stands for most of a step is worth more time than a kernel.
+    clock = replace(clock, rounds=PATIENCE * clock.rounds)
     launched_s = clock.seconds(kernels.micro_batch(narrow, device))
     yield "host_us", [Sample("a narrow model", launched_s, partial(compute_s, job_of(narrow)))]
     layers_s = clock.seconds(kernels.micro_batch(small, device))

@@ -39,7 +39,7 @@ from dstrain.schedule.table import sequential
 
 Act = Callable[[], object]
 # A measurement takes as many calls as last this long.
-LONG_ENOUGH_S = 0.02
+LONG_ENOUGH_S = 0.05
 # Bytes that a copy moves where the device is no CPU: far more than its caches hold.
 COPY_BYTES = 1 << 30
 # Of a model so narrow that only Python and launches count.

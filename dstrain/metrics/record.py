@@ -7,6 +7,7 @@ from dstrain.config.schema import Config
 from dstrain.engine.loop import LayerLoad, StepReport
 from dstrain.engine.placement import Moved
 from dstrain.mesh.topology import Link
+from dstrain.metrics.planned import step_s
 from dstrain.metrics.sinks import Value
 from dstrain.plan.count import flops_per_token
 from dstrain.plan.placement import rank_loads
@@ -29,6 +30,7 @@ def step_record(report: StepReport, config: Config, world: int) -> dict[str, Val
         "tokens_per_s_per_gpu": tokens_per_s / world,
         "mfu": _model_flops_utilisation(tokens_per_s / world, config),
         "step_ms": report.seconds * 1e3,
+        **_planned_record(report, config),
         "comm_exposed_ms": report.comm.exposed_ms,
         "comm_exposed_worst_ms": report.comm_exposed_worst_ms,
         "comm_busy_ms": report.comm.busy_ms,
@@ -44,6 +46,12 @@ def step_record(report: StepReport, config: Config, world: int) -> dict[str, Val
     if report.moved is not None:
         record |= _placement_record(report.moved)
     return record
+
+
+def _planned_record(report: StepReport, config: Config) -> dict[str, Value]:
+    """Absent where there is no plan."""
+    seconds = step_s(config, report.tokens)
+    return {} if seconds is None else {"planned_step_s": seconds}
 
 
 def _model_flops_utilisation(tokens_per_s: float, config: Config) -> float | None:

@@ -33,6 +33,7 @@ from dstrain.errors import SharedError, UserError
 from dstrain.mesh.groups import Groups, Place, connect, disconnect, mesh_of
 from dstrain.metrics.console import Console
 from dstrain.metrics.observer import Observer
+from dstrain.metrics.planned import Comparison, promise
 from dstrain.metrics.record import step_record
 from dstrain.metrics.run_directory import RunDirectory
 from dstrain.metrics.sinks import JsonlSink, Sink
@@ -94,13 +95,19 @@ def _train(config: Config, groups: Groups, directory: RunDirectory, stack: ExitS
     for sink in sinks:
         stack.callback(sink.close)
     if is_first:
-        console.say(headline(config, groups, trainer, loader, choice))
+        for line in (headline(config, groups, trainer, loader, choice), promise(trainer.config)):
+            if line:
+                console.say(line)
     batches = stack.enter_context(PrefetchedBatches(loader, config, groups, trainer.progress))
     trainer.batches = batches
+    comparison = Comparison()
+    sinks = (*sinks, comparison) if is_first else sinks
     run_steps(trainer, checkpoints, sinks, Observer(config, groups, directory, console.say))
     if is_first:
         console.close()
-        console.say(ending(trainer, directory))
+        for line in (comparison.line(), ending(trainer, directory)):
+            if line:
+                console.say(line)
     if trainer.progress.step < config.train.steps:
         raise SystemExit(STOPPED)
 
