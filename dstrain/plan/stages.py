@@ -5,7 +5,8 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from heapq import heapify, heapreplace
 from itertools import accumulate, pairwise
 
 from dstrain.config.hardware import HardwareConfig
@@ -69,17 +70,12 @@ class Layer:
         return summed((self.attend, self.shared, self.experts))
 
 
-class Stages:
-    """The stages of a job on a machine."""
+class Layers:
+    """What the layers of a job take on a machine, and what is before and behind them."""
 
     def __init__(self, job: Job, hardware: HardwareConfig):
-        check_known(job, hardware)
         self.job, self.hardware, self.model = job, hardware, job.model
         self.kernels, self.network = Kernels(job, hardware), Network(hardware)
-        # Whether tokens travel: otherwise a stage is one stretch.
-        self.spreads = job.ep > 1 and job.dispatcher != "local" and job.model.moe_layers > 0
-
-    # -- layers -------------------------------------------------------------------------------------------------------
 
     @cached_property
     def dense(self) -> Layer:
@@ -118,7 +114,7 @@ class Stages:
         beside_s = 2 * (work.exchanges.out_s + work.exchanges.home_s) if self.job.overlap else 0.0
         if self.job.zero == 3:
             num_bytes = weights * (2 * self.job.gather_bytes + self.job.grad_wire_bytes)
-            beside_s += self.network.collective_s(num_bytes, self._data_group())
+            beside_s += self.network.collective_s(num_bytes, _data_group(self.job, self.hardware))
         return 1 + TRANSFER_PROCESSORS / self.hardware.multiprocessors * min(1.0, beside_s / compute_s)
 
     def _gathers(self, weights: float, forward_s: float, backward_s: float) -> tuple[float, float]:
@@ -126,7 +122,7 @@ class Stages:
         under."""
         if self.job.zero < 3:
             return 0.0, 0.0
-        group = self._data_group()
+        group = _data_group(self.job, self.hardware)
         gather_s = self.network.collective_s(weights * self.job.gather_bytes, group)
         reduce_s = self.network.collective_s(weights * self.job.grad_wire_bytes, group)
         return max(0.0, gather_s - forward_s), max(0.0, gather_s + reduce_s - backward_s)
@@ -151,8 +147,6 @@ class Stages:
             again = {kind: seconds * SAC.get(kind, 1.0) for kind, seconds in forward.items()}
         return replace(work, input=added(work.input, again))
 
-    # -- stages -------------------------------------------------------------------------------------------------------
-
     @cached_property
     def embedding(self) -> Passes:
         return _ms(self.kernels.embedding.seconds)
@@ -166,17 +160,43 @@ class Stages:
         """Of a module what is no layer."""
         return _ms(self.kernels.mtp.seconds)
 
+
+@lru_cache(maxsize=4096)
+def _layers(job: Job, hardware: HardwareConfig) -> Layers:
+    return Layers(job, hardware)
+
+
+def _alike(job: Job) -> Job:
+    """One job for all that differ in their pipeline alone, which layers know nothing of: a search asks for thousands.
+    Sharded weights are gathered by all devices of a stage."""
+    if job.zero == 3:
+        return job
+    gpus = job.tp * job.cp * job.ep * job.etp
+    sequences = gpus // (job.tp * job.cp) * job.micro_batch * min(job.micro_batches, 2)
+    return replace(job, gpus=gpus, sequences=sequences, pp=1, pipeline="1f1b", chunks=1, split=())
+
+
+class Stages:
+    """The stages of a job on a machine."""
+
+    def __init__(self, job: Job, hardware: HardwareConfig):
+        check_known(job, hardware)
+        self.job, self.hardware, self.model = job, hardware, job.model
+        self.layers, self.network = _layers(_alike(job), hardware), Network(hardware)
+        # Whether tokens travel: otherwise a stage is one stretch.
+        self.spreads = job.ep > 1 and job.dispatcher != "local" and job.model.moe_layers > 0
+
     def ends(self, shape: Shape) -> tuple[Passes, Passes]:
         """What a stage has before its first and behind its last layer, MTP layers without."""
         none = (0.0, 0.0, 0.0)
-        behind = summed([none] + [self.head] * shape.is_last + [self.mtp] * shape.mtp)
-        return self.embedding if shape.is_first else none, behind
+        behind = summed([none] + [self.layers.head] * shape.is_last + [self.layers.mtp] * shape.mtp)
+        return self.layers.embedding if shape.is_first else none, behind
 
     def passes(self, shape: Shape) -> Passes:
         """All compute of a stage."""
-        layers = [self.dense.passes] * shape.dense if shape.dense else []
+        layers = [self.layers.dense.passes] * shape.dense if shape.dense else []
         count = shape.moe + shape.mtp
-        layers += [self.moe.passes] * count if count else []
+        layers += [self.layers.moe.passes] * count if count else []
         return summed([*layers, *self.ends(shape)])
 
     def costs(self, shape: Shape) -> Costs:
@@ -184,19 +204,19 @@ class Stages:
         before, behind = self.ends(shape)
         if not self.spreads:
             return Costs(dict(self._by_pass(Phase.ATTEND, 0, self.passes(shape))), {})
-        blocks = shape.moe + shape.mtp
-        stretches = [self.moe.attend] * blocks + [behind]
-        dense = [self.dense.passes] * shape.dense if shape.dense else []
+        blocks, moe = shape.moe + shape.mtp, self.layers.moe
+        stretches = [moe.attend] * blocks + [behind]
+        dense = [self.layers.dense.passes] * shape.dense if shape.dense else []
         stretches[0] = summed([stretches[0], before, *dense])
         compute_ms: dict[tuple[Pass, Phase, int], float] = {}
         for n, each in enumerate(stretches):
             compute_ms |= dict(self._by_pass(Phase.ATTEND, n, each))
         transfer_ms = {}
         for n in range(blocks):
-            compute_ms |= dict(self._by_pass(Phase.SHARED, n, self.moe.shared))
-            compute_ms |= dict(self._by_pass(Phase.EXPERTS, n, self.moe.experts))
-            transfer_ms[Pass.FORWARD, "dispatch", n] = transfer_ms[Pass.BACKWARD, "combine", n] = self.moe.out_ms
-            transfer_ms[Pass.FORWARD, "combine", n] = transfer_ms[Pass.BACKWARD, "dispatch", n] = self.moe.home_ms
+            compute_ms |= dict(self._by_pass(Phase.SHARED, n, moe.shared))
+            compute_ms |= dict(self._by_pass(Phase.EXPERTS, n, moe.experts))
+            transfer_ms[Pass.FORWARD, "dispatch", n] = transfer_ms[Pass.BACKWARD, "combine", n] = moe.out_ms
+            transfer_ms[Pass.FORWARD, "combine", n] = transfer_ms[Pass.BACKWARD, "dispatch", n] = moe.home_ms
         return Costs(compute_ms, transfer_ms)
 
     def _by_pass(self, phase: Phase, block: int, passes: Passes) -> Iterator[tuple[tuple[Pass, Phase, int], float]]:
@@ -230,27 +250,23 @@ class Stages:
         """Layers of each stage, so that none takes much longer than the others: embedding and head count as the layers
         that they take as long as."""
         stages = self.job.num_stages
-        one = sum((self.moe if self.model.moe_layers else self.dense).passes)
+        one = sum((self.layers.moe if self.model.moe_layers else self.layers.dense).passes)
         extra = [0.0] * stages
-        extra[0] += sum(self.embedding) / one
-        extra[-1] += sum(self.head) / one
-        extra[self._mtp_stage(stages)] += self.model.mtp * (sum(self.mtp) + one) / one
+        extra[0] += sum(self.layers.embedding) / one
+        extra[-1] += sum(self.layers.head) / one
+        extra[self._mtp_stage(stages)] += self.model.mtp * (sum(self.layers.mtp) + one) / one
+        # Every stage gets one before any gets two, unless a stage may do without.
+        waiting = [(each if self.job.free_split else -1.0, -n) for n, each in enumerate(extra)]
+        heapify(waiting)
         sizes = [0] * stages
         for _ in range(self.model.layers):
             # The later of two equal ones: the first stages keep activations longest.
-            empty = -1.0 if not self.job.free_split else None
-            shortest = min(
-                range(stages),
-                key=lambda n: (sizes[n] + extra[n] if sizes[n] or empty is None else empty, -n),
-            )
+            shortest = -waiting[0][1]
             sizes[shortest] += 1
+            heapreplace(waiting, (sizes[shortest] + extra[shortest], -shortest))
         return sizes
 
     # -- the end of a step --------------------------------------------------------------------------------------------
-
-    def _data_group(self) -> Group:
-        job = self.job
-        return Group.of(job.dp * job.cp, job.tp, self.hardware.devices_per_node)
 
     def held(self, shape: Shape) -> tuple[float, float]:
         """Parameters of a stage on a rank: experts, and everything else."""
@@ -267,7 +283,7 @@ class Stages:
         experts, others = sum(e for e, _ in held), sum(o for _, o in held)
         groups = (
             (experts, Group.of(job.expert_dp, job.ep * job.etp, self.hardware.devices_per_node), job.expert_dp),
-            (others, self._data_group(), job.dp * job.cp),
+            (others, _data_group(job, self.hardware), job.dp * job.cp),
         )
         reduce_s, gather_s, update_s = 0.0, 0.0, self.hardware.step_us * 1e-6
         for parameters, group, ranks in groups:
@@ -275,7 +291,7 @@ class Stages:
                 continue
             owned = parameters / (ranks * copies if job.zero else 1)
             each = 2 * job.master_bytes + 4 * job.moment_bytes + job.update_bytes
-            update_s += owned * each / self.kernels.device.memory_speed
+            update_s += owned * each / self.layers.kernels.device.memory_speed
             if job.zero < 3:
                 reduce_s += self.network.collective_s(parameters * job.grad_wire_bytes, group) * (1 if job.zero else 2)
                 gather_s += self.network.collective_s(parameters * job.gather_bytes, group) * (1 if job.zero else 0)
@@ -287,7 +303,7 @@ class Stages:
         job = self.job
         if job.pp == 1:
             return 0.0
-        num_bytes = self.kernels.spread_tokens * self.model.hidden * (4 if job.products == "float32" else 2)
+        num_bytes = self.layers.kernels.spread_tokens * self.model.hidden * (4 if job.products == "float32" else 2)
         stride = job.gpus // job.pp
         return self.network.send_s(num_bytes, stride >= self.hardware.devices_per_node) * 1e3
 
@@ -314,6 +330,10 @@ def check_known(job: Job, hardware: HardwareConfig) -> None:
         if not getattr(hardware, name):
             cure = "Name a machine (hardware=h100_sxm), or measure yours with `dstrain calibrate`"
             raise ConfigError(f"hardware.{name}", 0, "a plan needs to know it", cure)
+
+
+def _data_group(job: Job, hardware: HardwareConfig) -> Group:
+    return Group.of(job.dp * job.cp, job.tp, hardware.devices_per_node)
 
 
 def weights_of(model: Architecture, *, is_moe: bool) -> int:

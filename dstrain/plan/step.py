@@ -13,7 +13,6 @@ from dstrain.config.hardware import HardwareConfig
 from dstrain.plan.job import Job
 from dstrain.plan.layer import added
 from dstrain.plan.stages import Shape, Stages
-from dstrain.plan.times import Reduction
 from dstrain.schedule.pipeline import Layout
 from dstrain.schedule.pipelines.choose import layout
 
@@ -83,7 +82,7 @@ class Closed:
 
     def _alone(self) -> tuple[float, float]:
         """Of a block: a shared expert runs under one of the transfers, forward and backward."""
-        moe = self.stages.moe
+        moe = self.stages.layers.moe
         there, home = moe.out_ms, moe.home_ms
         forward = max(0.0, there - moe.shared[0]) + home
         # Under the shared expert's backward pass, and under weight gradients where they stand apart.
@@ -94,7 +93,7 @@ class Closed:
 
     def _paired(self) -> float:
         """Of a block: the windows of schedule/overlap.py."""
-        moe = self.stages.moe
+        moe = self.stages.layers.moe
         (fa, ba, wa), (fs, bs, ws), (fe, be, we) = moe.attend, moe.shared, moe.experts
         windows = ((moe.out_ms, bs + ws + fa), (moe.out_ms, fs + be), (moe.home_ms, we + fe), (moe.home_ms, ba + wa))
         return sum(max(0.0, transfer - compute) for transfer, compute in windows)
@@ -110,7 +109,7 @@ class Closed:
         stalls = [count * sum(self._stall(each) for each in held) for held in own]
         longest = max(range(len(own)), key=lambda n: work[n] + stalls[n])
         bubble_ms = self._bubble_ms(own)
-        ends = self._end([self._reduction(n) for n in range(len(own))], own)
+        ends = self._end(own)
         step_ms = work[longest] + stalls[longest] + bubble_ms + sum(ends)
         kinds = self._kinds(longest, count)
         return prediction(job, self.hardware, step_ms, work[longest], bubble_ms, stalls[longest], ends, kinds)
@@ -144,13 +143,11 @@ class Closed:
         }
         return bubbles[job.pipeline] + sends_ms
 
-    def _reduction(self, rank: int) -> Reduction:
-        shapes = tuple(self.stages.shapes[n] for n in self.placed.held[rank])
-        return self.stages.reduction(shapes, self.placed.copies)
-
-    def _end(self, ranks: list[Reduction], own: list[list[Sums]]) -> tuple[float, float]:
+    def _end(self, own: list[list[Sums]]) -> tuple[float, float]:
         """What gradients and weights keep a step from ending, and the update."""
-        exposed = []
+        shapes = [tuple(self.stages.shapes[n] for n in held) for held in self.placed.held]
+        alike = {each: self.stages.reduction(each, self.placed.copies) for each in set(shapes)}
+        ranks, exposed = [alike[each] for each in shapes], []
         for each, held in zip(ranks, own, strict=True):
             if not self.job.overlap_dp:
                 exposed.append(each.reduce_ms + each.gather_ms)
@@ -166,9 +163,9 @@ class Closed:
         total = added()
         for n in self.placed.held[rank]:
             shape = stages.shapes[n]
-            layers = [(shape.dense, stages.dense.kinds)] if shape.dense else []
+            layers = [(shape.dense, stages.layers.dense.kinds)] if shape.dense else []
             moe = shape.moe + shape.mtp
-            layers += [(moe, stages.moe.kinds)] if moe else []
+            layers += [(moe, stages.layers.moe.kinds)] if moe else []
             ends = {"head": sum(map(sum, stages.ends(shape)))}
             total = added(total, ends, *({kind: ms * times for kind, ms in kinds.items()} for times, kinds in layers))
         return {kind: ms * count for kind, ms in sorted(total.items(), key=lambda item: -item[1])}

@@ -16,6 +16,7 @@ expert. `hierarchical` sends one per (token, node) to the rank with the same ind
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from math import comb
 from typing import TypeVar
 
@@ -184,25 +185,27 @@ class Router:
         """
         share, size = self.num_experts // places, self.num_experts // self.num_groups
         groups = [range(first, first + size) for first in range(0, self.num_experts, size)]
-        every = self._choices([size] * self.num_groups)
+        chosen = min(self.groups_per_token, self.experts_per_token)
+        every = _choices(self.experts_per_token, chosen, (size,) * self.num_groups)
         visited = 0.0
         for first in range(0, self.num_experts, share):
             elsewhere = [size - len(range(max(first, g.start), min(first + share, g.stop))) for g in groups]
-            visited += 1 - self._choices(elsewhere) / every
+            visited += 1 - _choices(self.experts_per_token, chosen, tuple(sorted(elsewhere))) / every
         return visited
 
-    def _choices(self, group_sizes: Sequence[int]) -> int:
-        """Ways to choose a token's experts out of groups of these sizes."""
-        experts, chosen = self.experts_per_token, min(self.groups_per_token, self.experts_per_token)
-        # ways[c][n]: n experts in c groups, at least one in each.
-        ways = [[0] * (experts + 1) for _ in range(chosen + 1)]
-        ways[0][0] = 1
-        for size in group_sizes:
-            for count in reversed(range(chosen)):
-                for before in range(experts):
-                    for more in range(1, experts - before + 1):
-                        ways[count + 1][before + more] += ways[count][before] * comb(size, more)
-        return ways[chosen][experts]
+
+@lru_cache(maxsize=1024)
+def _choices(experts: int, chosen: int, group_sizes: Sequence[int]) -> int:
+    """Ways to choose a token's experts out of `chosen` groups, of those of these sizes."""
+    # ways[c][n]: n experts in c groups, at least one in each.
+    ways = [[0] * (experts + 1) for _ in range(chosen + 1)]
+    ways[0][0] = 1
+    for size in group_sizes:
+        for count in reversed(range(chosen)):
+            for before in range(experts):
+                for more in range(1, experts - before + 1):
+                    ways[count + 1][before + more] += ways[count][before] * comb(size, more)
+    return ways[chosen][experts]
 
 
 def expected(kind: str, node_sizes: Sequence[int], router: Router, tokens: int) -> list[Message]:
