@@ -5,15 +5,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dstrain.config.check import check, check_machine, check_mesh
+from dstrain.config.check import check, check_mesh
 from dstrain.config.machine import check_hardware, check_predictable
-from dstrain.config.model import check_model
 from dstrain.config.rules import at_least, listed, need, need_text
 from dstrain.config.schema import Config
 from dstrain.errors import ConfigError
 
 # Of `dstrain plan trace out=`.
 SUFFIXES = {".json": "a timeline for Perfetto", ".png": "a picture", ".html": "the report"}
+
+# What `dstrain plan search` may vary beside the layout.
+VARIABLE = ("precision", "node_limit")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class SearchRoot(Config):
 
     # How many are shown.
     top: int = 20
+    # What besides the layout may differ from the config: precision (of products), node_limit (nodes of a token).
+    vary: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,24 @@ def check_plan(config: Config) -> None:
 def check_search(config: SearchRoot) -> None:
     """The layout of the config need not fit: it is what is looked for."""
     at_least(config, 1, "top")
-    check_machine(config)
-    check_model(config.model)
-    at_least(config, 1, "train.seq_len")
+    for name in config.vary:
+        cure = f"Choose any of {', '.join(VARIABLE)}."
+        need(name in VARIABLE, ("vary", name), "a search can't vary this", cure)
+    check(unspread(config), 1)
     check_predictable(config.hardware, devices(config))
+
+
+def unspread(config: Config) -> Config:
+    """The config without a layout: everything on one device."""
+    schedule = replace(config.schedule, split=(), in_flight=None)
+    dispatch = replace(config.dispatch, kind="auto")
+    return replace(
+        config,
+        mesh=replace(config.mesh, pp=1, ep=1, dp=1),
+        train=replace(config.train, micro_batch=1),
+        schedule=schedule,
+        dispatch=dispatch,
+    )
 
 
 def check_trace(config: TraceRoot) -> None:
