@@ -1,6 +1,6 @@
 """Steps of small models on this machine's processors, over limited links, against what the planner says of them.
 
-    sudo python scripts/validate_own_runs.py [--only net200/ep4_rank ...] [--steps 24] [--out own_runs.json]
+    sudo python scripts/validate_own_runs.py [--only net100/ep4_rank ...] [--steps 24] [--out own_runs.json]
 
 For each network of namespaces (dstrain/bench/testbed.py), `dstrain calibrate` first: all ranks at once, so that what
 they share is shared as in training. Then `dstrain train` for every layout, all planned with that one hardware file;
@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from dstrain.bench.testbed import Fabric, Testbed
 from dstrain.config import load
@@ -50,6 +51,9 @@ class Network:
         return self.nodes * self.per_node
 
 
+# Rates and packets that leave the cores to compute: a packet costs them the same, whatever its size.
+RATES_MBIT = (100, 300)
+MTU = 9000
 FOUR_LAYERS = ("model.num_layers=4", "train.sequences=32", "train.micro_batch=2")
 SPREAD = {
     "ep4_rank": ("mesh.ep=4", "dispatch.kind=rank"),
@@ -92,7 +96,7 @@ NETWORKS = (
             "pp2_dualpipev": ("mesh.pp=2", "schedule=dualpipev"),
         },
     ),
-    *(Network(f"net{rate}", 2, 2, rate, FOUR_LAYERS, ("mesh.ep=4",), SPREAD) for rate in (200, 1000)),
+    *(Network(f"net{rate}", 2, 2, rate, FOUR_LAYERS, ("mesh.ep=4",), SPREAD) for rate in RATES_MBIT),
 )
 
 
@@ -104,7 +108,7 @@ def main() -> None:
         "--out", type=Path, default=None, help="a JSON file of rows: id, predicted, measured, error_pct"
     )
     options = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="dstrain-own-") as folder:
         for network in NETWORKS:
             layouts = [name for name in network.layouts if _is_asked(options.only, network, name)]
@@ -120,9 +124,9 @@ def _is_asked(only: Sequence[str], network: Network, layout: str) -> bool:
     return not only or network.name in only or f"{network.name}/{layout}" in only
 
 
-def validate(network: Network, layouts: Sequence[str], steps: int, folder: Path) -> Iterator[dict[str, object]]:
+def validate(network: Network, layouts: Sequence[str], steps: int, folder: Path) -> Iterator[dict[str, Any]]:
     """Calibrates and runs on one network; a row for every layout, printed as it comes."""
-    with Testbed(Fabric(network.nodes, network.rate_mbit)) as testbed:
+    with Testbed(Fabric(network.nodes, network.rate_mbit, mtu=MTU)) as testbed:
         out = folder / "hardware" / f"{network.name}.yaml"
         recipe = ["+experiment=tiny_cpu", *network.common]
         print(run(testbed, network, ["calibrate", *recipe, *network.calibration, f"calibrate.out={out}"]))
