@@ -52,7 +52,7 @@ def test_products_are_those_of_the_benchmark(name: str, board: str):
     machine = named(name)
     best = json.loads((DATA / "gpu_microbenchmarks.json").read_text())
     assert machine.gemm_bf16_efficiency * machine.peak_bf16_tflops == pytest.approx(best["mamf_bf16"][board], rel=2e-3)
-    board = board.removesuffix(" SXM")
+    # Of an H100 there are two benchmarks that differ.
     if board in best["mamf_fp8"]:
         assert machine.gemm_fp8_efficiency * machine.peak_fp8_tflops == pytest.approx(best["mamf_fp8"][board], rel=2e-3)
 

@@ -33,7 +33,7 @@ class HardwareConfig:
     attention_efficiency: float = 0.6
     attention_backward_efficiency: float = 0.45
     # Of these speeds, what is left within a training step (power, other work on the device).
-    sustained: float = 0.86
+    sustained: float = 0.87
     # Standard deviation of the speed of devices of one kind: a step waits for the slowest one.
     device_spread: float = 0.012
     memory_gib: float = 0.0
@@ -43,7 +43,7 @@ class HardwareConfig:
     # Of every kernel beyond its work: start, first and last tile.
     kernel_us: float = 3.0
     # Of the host, to launch a kernel: a step whose kernels are shorter waits for it.
-    host_us: float = 6.0
+    host_us: float = 10.0
     # Of the host, once a step: batches, sums of losses, the norm of the gradient, launches of the optimiser.
     step_us: float = 0.0
     # Of a CPU: share of the time of a transfer of tokens in which its cores work on it, and not on the model.

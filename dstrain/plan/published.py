@@ -19,9 +19,23 @@ from dstrain.plan.architecture import Architecture
 from dstrain.plan.job import Job
 
 METRICS = ("step_s", "tok_s_gpu", "tflops", "gpu_h_per_T", "pair_ms")
-PRODUCTS = {"bf16": "bf16", "fp8": "fp8_tensor", "fp8blk": "fp8_block", "mxfp8": "mxfp8"}
-SCHEDULES = {"1f1b": "1f1b", "interleaved": "interleaved", "dualpipe": "dualpipe", "zb1p": "zb_1p"}
-DISPATCHERS = {"a2a": "alltoall", "alltoall": "alltoall", "deepep": "deepep", "hybridep": "deepep"}
+PRODUCTS = {"bf16": "bf16", "fp16": "bf16", "fp8": "fp8_tensor", "fp8blk": "fp8_block", "mxfp8": "mxfp8"}
+SCHEDULES = {
+    "1f1b": "1f1b",
+    "interleaved": "interleaved",
+    "dualpipe": "dualpipe",
+    "dualpipev": "dualpipev",
+    "zb1p": "zb_1p",
+    "zbv": "zb_v",
+}
+DISPATCHERS = {
+    "a2a": "alltoall",
+    "alltoall": "alltoall",
+    "nccl": "alltoall",
+    "deepep": "deepep",
+    "hybridep": "deepep",
+    "flex": "deepep",
+}
 # Words of `recompute` -> those of a job.
 RECOMPUTE = {
     "none": (),
@@ -30,6 +44,7 @@ RECOMPUTE = {
     "core_attn": ("core",),
     "act": ("swiglu",),
     "moe_act": ("swiglu",),
+    "selective": ("core",),
     "layernorm": ("norm",),
     "mla_up_proj": ("mla_up",),
     "moe": ("moe",),
@@ -94,7 +109,13 @@ class Row:
 
     @property
     def unknown(self) -> frozenset[str]:
-        return frozenset(self.config) - KNOWN
+        """Keys of `config`, and modules that it computes again, that change nothing."""
+        modules = {word for word in self.recomputed if word not in RECOMPUTE and word not in SAME}
+        return (frozenset(self.config) - KNOWN) | {f"recompute={word}" for word in modules}
+
+    @property
+    def recomputed(self) -> list[str]:
+        return [word.strip() for word in str(self.config.get("recompute", "none")).split(",")]
 
 
 @dataclass(frozen=True)
@@ -295,14 +316,8 @@ def _word(row: Row, key: str, words: Mapping[str, str], default: str) -> str:
 
 
 def _recompute(row: Row) -> Iterator[str]:
-    for word in str(row.config.get("recompute", "none")).split(","):
-        if word.strip() in SAME:
-            yield word.strip()
-        elif word.strip() in RECOMPUTE:
-            yield from RECOMPUTE[word.strip()]
-        else:
-            known = ", ".join(sorted({*RECOMPUTE, *SAME}))
-            raise UserError(f"Row {row.id}: recompute={word.strip()!r} is not one of {known}.")
+    for word in row.recomputed:
+        yield from (word,) if word in SAME else RECOMPUTE.get(word, ())
 
 
 def _limited(model: Architecture, nodes: int | None, row: Row) -> Architecture:

@@ -91,8 +91,11 @@ class Layers:
         kinds = added(*(passes for part in parts for passes in part.passes))
         phases = [part.seconds for part in parts]
         forward, into, weight = summed(phases)
-        launch = 0.0 if self.job.cuda_graph else self.hardware.host_us * 1e-6
+        launch = self.hardware.host_us * 1e-6
         launched, awaited = [count * launch for count in work.launches], work.awaited * launch
+        if self.job.cuda_graph:
+            # What depends on the number of rows can't be part of a graph.
+            launched = [awaited, awaited]
         # A CPU launches and computes by turns.
         beside = (forward, into + weight) if self.hardware.multiprocessors else (0.0, 0.0)
         waits = max(awaited, launched[0] - beside[0]), max(0.0, launched[1] - beside[1])
