@@ -232,12 +232,14 @@ class Activations:
 
     @property
     def _arrived(self) -> float:
-        """Rows that experts take; kept as they came, they are fewer, unless the experts are run again as a whole."""
-        each = self.model.hidden * self.input
-        if not self.repeats_swiglu or self.job.recompute & {"layer", "experts"} or self.job.dispatcher == "alltoall":
-            return self.rows * each
-        places = visited(router_key(self.model), self.job.ep)
-        return self.rows * each * places / self.model.experts_per_token
+        """Rows that experts take; kept as they came, they are fewer, but what runs again as a whole takes all."""
+        taken = self.rows * self.model.hidden * self.input
+        if not self.repeats_swiglu:
+            return taken
+        shared = self.job.dispatcher != "alltoall"
+        places = visited(router_key(self.model), self.job.ep) if shared else self.model.experts_per_token
+        came = taken * places / self.model.experts_per_token
+        return came + (taken if self.job.recompute & {"layer", "experts"} else 0.0)
 
     # -- sums ---------------------------------------------------------------------------------------------------------
 
