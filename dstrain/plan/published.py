@@ -17,8 +17,8 @@ from dstrain.errors import UserError
 from dstrain.hardware import of_gpu
 from dstrain.plan.architecture import Architecture
 from dstrain.plan.job import Job
+from dstrain.plan.row_rules import check_rows
 
-METRICS = ("step_s", "tok_s_gpu", "tflops", "gpu_h_per_T", "pair_ms")
 PRODUCTS = {"bf16": "bf16", "fp16": "bf16", "fp8": "fp8_tensor", "fp8blk": "fp8_block", "mxfp8": "mxfp8"}
 SCHEDULES = {
     "1f1b": "1f1b",
@@ -153,12 +153,10 @@ SOFTWARE = {
 def read(path: Path | None = None) -> list[Row]:
     """The rows of a file, or those that come with dstrain. Raises UserError for a row that makes no job."""
     found = _load(path)
-    models = dict(_packaged("published_models.json"))
-    models |= found.get("models", {}) if isinstance(found, dict) else {}
-    rows = found.get("rows") if isinstance(found, dict) else found
-    if not isinstance(rows, list):
-        raise UserError(f'{path}: there are no rows. Write {{"rows": [{{"id": ..., "model": ...}}, ...]}}.')
-    return [_row(number, row, models) for number, row in enumerate(rows)]
+    rows, models = (found.get("rows"), found.get("models", {})) if isinstance(found, dict) else (found, {})
+    known = _packaged("published_models.json")
+    known = known | models if isinstance(models, dict) else models
+    return [_row(row, known[row["model"]]) for row in check_rows(rows, known, str(path))]
 
 
 def _packaged(name: str) -> Any:
@@ -176,78 +174,52 @@ def _load(path: Path | None) -> Any:
         raise UserError(f"{path} is not JSON: {error}.") from error
 
 
-def _row(number: int, row: Any, models: Mapping[str, Any]) -> Row:
-    name = row.get("id", f"number {number + 1}") if isinstance(row, dict) else f"number {number + 1}"
-    where = f"Row {name}"
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is {row!r}: a row is an object with id, model, gpu, n_gpu, config, metric and value.")
-    for key in ("id", "model", "gpu", "n_gpu", "config", "metric", "value"):
-        if key not in row:
-            raise UserError(f"{where} has no {key!r}: every row needs one. Add it to the file.")
-    for key in ("prec", "seq", "gbs", "mbs"):
-        if key not in row["config"] and not (row["metric"] == "pair_ms" and key == "gbs"):
-            raise UserError(f"{where}: config has no {key!r}: every row needs one. Add it to the file.")
-    if row["metric"] not in METRICS:
-        raise UserError(f"{where}: metric={row['metric']!r} is not one of {', '.join(METRICS)}.")
-    if row["model"] not in models:
-        cure = 'Take one of them, or describe it in "models" of the file.'
-        raise UserError(f"{where}: model={row['model']!r} is not known ({', '.join(sorted(models))}). {cure}")
-    _positive(where, row)
+def _row(row: Mapping[str, Any], dims: Mapping[str, Any]) -> Row:
     per_node = row.get("gpus_per_node", 8)
     return Row(
         id=str(row["id"]),
         group=row.get("group", ""),
-        model=_architecture(where, row["model"], models[row["model"]]),
+        model=_architecture(row["model"], _given(dims)),
         gpu=row["gpu"],
         n_gpu=row["n_gpu"],
         gpus_per_node=per_node,
-        nic_gbytes_per_s=row.get("nic_GBps_per_gpu", 0.0),
-        config=row["config"],
+        nic_gbytes_per_s=row.get("nic_GBps_per_gpu") or 0.0,
+        config=_given(row["config"]),
         metric=row["metric"],
         value=float(row["value"]),
         source=row.get("source", ""),
     )
 
 
-def _positive(where: str, row: Mapping[str, Any]) -> None:
-    """Raises UserError for a number that is none, or not above 0."""
-    whole = ("seq", "gbs", "mbs", "tp", "pp", "vp", "cp", "ep", "etp")
-    found: list[tuple[str, Any, type]] = [(key, row["config"][key], int) for key in whole if key in row["config"]]
-    found += [("n_gpu", row["n_gpu"], int), ("value", row["value"], float)]
-    found += [(key, row[key], float) for key in ("gpus_per_node", "nic_GBps_per_gpu") if key in row]
-    for key, value, kind in found:
-        is_number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-        if not is_number or not 0 < value < float("inf"):
-            raise UserError(f"{where}: {key}={value!r} must be a {'whole ' * (kind is int)}number above 0.")
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Null is as good as nothing."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
-def _architecture(where: str, name: str, dims: Mapping[str, Any]) -> Architecture:
-    try:
-        mla = dims.get("kv_rank", 0) > 0
-        return Architecture(
-            name=name,
-            vocab=dims["vocab_size"],
-            hidden=dims["hidden"],
-            layers=dims["num_layers"],
-            dense_layers=dims.get("num_dense_layers", 0) if dims.get("num_experts", 0) else dims["num_layers"],
-            heads=dims["num_heads"],
-            kv_heads=dims["num_kv_heads"],
-            qk_dim=dims["qk_nope_dim"] + dims["qk_rope_dim"] if mla else dims["head_dim"],
-            v_dim=dims["v_dim"] if mla else dims["head_dim"],
-            q_rank=dims.get("q_rank", 0),
-            kv_rank=dims.get("kv_rank", 0),
-            rope_dim=dims.get("qk_rope_dim", 0),
-            ffn=dims["ffn_dim"],
-            gated=dims.get("gated_ffn", True),
-            experts=dims.get("num_experts", 0),
-            experts_per_token=dims.get("topk", 0),
-            expert_ffn=dims.get("expert_dim", 0),
-            shared_ffn=dims.get("shared_expert_dim", 0),
-            mtp=dims.get("num_mtp", 0),
-            tied=dims.get("tied_embeddings", False),
-        )
-    except KeyError as error:
-        raise UserError(f"{where}: model {name!r} has no {error}: its dimensions need one.") from error
+def _architecture(name: str, dims: Mapping[str, Any]) -> Architecture:
+    mla = dims.get("kv_rank", 0) > 0
+    return Architecture(
+        name=name,
+        vocab=dims["vocab_size"],
+        hidden=dims["hidden"],
+        layers=dims["num_layers"],
+        dense_layers=dims.get("num_dense_layers", 0) if dims.get("num_experts", 0) else dims["num_layers"],
+        heads=dims["num_heads"],
+        kv_heads=dims["num_kv_heads"],
+        qk_dim=dims["qk_nope_dim"] + dims["qk_rope_dim"] if mla else dims["head_dim"],
+        v_dim=dims["v_dim"] if mla else dims["head_dim"],
+        q_rank=dims.get("q_rank", 0),
+        kv_rank=dims.get("kv_rank", 0),
+        rope_dim=dims.get("qk_rope_dim", 0),
+        ffn=dims["ffn_dim"],
+        gated=dims.get("gated_ffn", True),
+        experts=dims.get("num_experts", 0),
+        experts_per_token=dims.get("topk", 0),
+        expert_ffn=dims.get("expert_dim", 0),
+        shared_ffn=dims.get("shared_expert_dim", 0),
+        mtp=dims.get("num_mtp", 0),
+        tied=dims.get("tied_embeddings", False),
+    )
 
 
 # -- Rows to jobs -----------------------------------------------------------------------------------------------------
@@ -280,7 +252,8 @@ def job_of_row(row: Row) -> Job:
         split=tuple(config.get("split", ())),
         free_split=True,
         update_bytes=software.update_bytes,
-        launch_per_expert=software.launch_per_expert,
+        # Grouped products of MXFP8 find the numbers of rows on the device (cuBLAS, since Blackwell).
+        launch_per_expert=software.launch_per_expert and config["prec"] != "mxfp8",
         overlap=config.get("ep_overlap") == "pair" or config.get("sched") == "dualpipe" or row.metric == "pair_ms",
         splits_weights=row.metric == "pair_ms" or "ep_overlap" in config or config.get("sched") in ("dualpipe", "zb1p"),
         in_flight=2 if row.metric == "pair_ms" else 1,
@@ -328,13 +301,19 @@ def _limited(model: Architecture, nodes: int | None, row: Row) -> Architecture:
 
 
 def _check(row: Row, job: Job) -> None:
+    """Raises UserError for a layout that does not divide."""
     rules = (
-        (job.gpus % (job.tp * job.cp * job.pp) == 0, "n_gpu", job.gpus, "tp * cp * pp"),
-        (job.gpus % (job.ep * job.etp * job.pp) == 0, "n_gpu", job.gpus, "ep * etp * pp"),
-        (job.sequences % max(1, job.dp * job.micro_batch) == 0, "gbs", job.sequences, "the data ranks times mbs"),
-        (job.model.heads % job.tp == 0, "heads", job.model.heads, "tp"),
-        (job.model.experts % job.ep == 0, "experts", job.model.experts, "ep"),
+        ("n_gpu", job.gpus, "tp * cp * pp", job.tp * job.cp * job.pp),
+        ("n_gpu", job.gpus, "ep * etp * pp", job.ep * job.etp * job.pp),
+        ("gbs", job.sequences, "mbs * n_gpu / (tp * cp * pp)", job.micro_batch * max(1, job.dp)),
+        ("num_heads", job.model.heads, "tp", job.tp),
+        ("num_experts", job.model.experts, "ep", job.ep),
     )
-    for holds, key, value, divisor in rules:
-        if not holds:
-            raise UserError(f"Row {row.id}: {key}={value} must be a multiple of {divisor}. Correct the row.")
+    for key, value, name, divisor in rules:
+        if value % divisor:
+            raise UserError(f"Row {row.id}: {key}={value} must be a multiple of {name}={divisor}. Correct the row.")
+    # The embedding and the head may have stages of their own.
+    most = job.model.layers + 2
+    if job.pp * job.chunks > most:
+        rule = f"pp * vp = {job.pp} * {job.chunks} stages are more than the {job.model.layers} layers fill"
+        raise UserError(f"Row {row.id}: {rule}. Lower pp or vp.")

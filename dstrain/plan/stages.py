@@ -94,7 +94,8 @@ class Layers:
         launch = self.hardware.host_us * 1e-6
         launched, awaited = [count * launch for count in work.launches], work.awaited * launch
         if self.job.cuda_graph:
-            # What depends on the number of rows can't be part of a graph.
+            # Kernels that the host makes for each expert can't be part of a graph.
+            awaited *= self.job.launch_per_expert
             launched = [awaited, awaited]
         # A CPU launches and computes by turns.
         beside = (forward, into + weight) if self.hardware.multiprocessors else (0.0, 0.0)
