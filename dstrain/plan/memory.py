@@ -11,7 +11,8 @@ what the backward pass that begins needs beside.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
+from operator import mul
 
 from dstrain.config.hardware import HardwareConfig
 from dstrain.plan.activations import DSTRAIN, TORCHTITAN, Activations, Library
@@ -107,7 +108,7 @@ class _Memory:
         # Without multiprocessors it is a CPU.
         self.is_gpu = hardware.multiprocessors > 0
         self.shapes = shapes if shapes is not None else _shapes(job, hardware)
-        self.layout = layout(job.pipeline, job.pp, job.chunks) if job.pp > 1 else Layout(((0,),))
+        self.layout = _layout(job.pipeline, job.pp, job.chunks)
         self.kept = Activations(job, library, composed=not self.is_gpu)
         # Weights, gradients, optimiser, buffers and workspace of a rank by what it holds.
         self.fixed: dict[tuple[Shape, ...], tuple[float, float, float, float, float]] = {}
@@ -124,7 +125,7 @@ class _Memory:
     def _rank(self, rank: int, own: Sequence[int], moments: Sequence[Moment]) -> RankMemory:
         shapes = tuple(self.shapes[n] for n in own)
         stages = [self.by_shape[shape] for shape in shapes]
-        activations, working, logits = max((_used(moment, stages) for moment in moments), key=sum)
+        activations, working, logits = _most(moments, stages)
         if shapes not in self.fixed:
             ends = any(shape.is_first or shape.is_last for shape in shapes)
             buffers = self.buffers + (self.table_gathers if ends else 0.0)
@@ -265,13 +266,24 @@ class StageKept:
     working: float
 
 
-def _used(moment: Moment, stages: Sequence[StageKept]) -> tuple[float, float, float]:
-    """Bytes of activations, working memory and logits."""
-    activations = logits = 0.0
-    for live, pending, stage in zip(moment.live, moment.pending, stages, strict=True):
-        activations += live * stage.live + pending * stage.pending
-        logits += live * stage.logits
-    return activations, 0.0 if moment.working is None else stages[moment.working].working, logits
+def _most(moments: Sequence[Moment], stages: Sequence[StageKept]) -> tuple[float, float, float]:
+    """Bytes of activations, working memory and logits at the worst moment."""
+    live, pending = [stage.live + stage.logits for stage in stages], [stage.pending for stage in stages]
+    working = [stage.working for stage in stages]
+
+    def needs(moment: Moment) -> float:
+        beside = 0.0 if moment.working is None else working[moment.working]
+        return sum(map(mul, moment.live, live)) + sum(map(mul, moment.pending, pending)) + beside
+
+    worst = moments[0] if len(moments) == 1 else max(moments, key=needs)
+    logits = sum(map(mul, worst.live, (stage.logits for stage in stages)))
+    beside = 0.0 if worst.working is None else working[worst.working]
+    return needs(worst) - logits - beside, beside, logits
+
+
+@lru_cache(maxsize=512)
+def _layout(name: str, ranks: int, chunks: int) -> Layout:
+    return layout(name, ranks, chunks) if ranks > 1 else Layout(((0,),))
 
 
 def _shapes(job: Job, hardware: HardwareConfig) -> tuple[Shape, ...]:
