@@ -13,7 +13,8 @@ All are compared as times underneath; memory, where a row tells it, is an outcom
 from collections.abc import Iterable, Iterator
 
 from dstrain.config.hardware import HardwareConfig
-from dstrain.errors import UserError
+from dstrain.config.machine import check_predictable
+from dstrain.errors import ConfigError, UserError
 from dstrain.plan.activations import TORCHTITAN, Library
 from dstrain.plan.job import Job
 from dstrain.plan.memory import rank_memory
@@ -34,6 +35,7 @@ def outcomes(rows: Iterable[Row]) -> Iterator[Outcome]:
     for row in rows:
         job, machine = job_of_row(row), machine_of(row)
         try:
+            check_predictable(machine, job.gpus)
             seconds = pair_s(job, machine) if row.metric == "pair_ms" else simulate(job, machine).prediction.step_s
         except UserError as error:
             raise UserError(f"Row {row.id}: {error}") from error
@@ -43,7 +45,10 @@ def outcomes(rows: Iterable[Row]) -> Iterator[Outcome]:
 
 
 def pair_s(job: Job, machine: HardwareConfig) -> float:
-    """A forward pass under a backward pass, in the middle of a pipeline."""
+    """A forward pass under a backward pass, in the middle of a pipeline. Raises ConfigError without transfers."""
+    if job.ep == 1 or not job.model.moe_layers:
+        rule = "a pair of metric=pair_ms has experts on several ranks"
+        raise ConfigError("ep", job.ep, rule, "Give the ep of the run, or another metric.")
     costs = Stages(job, machine).costs(Shape(0, LAYERS_OF_A_PAIR, is_first=False, is_last=False))
     pair = Op(Kind.FORWARD, 0, 0), Op(Kind.BACKWARD, 1, 1)
     actions = list(phases(pair, [LAYERS_OF_A_PAIR] * 2, overlap=True))

@@ -53,7 +53,7 @@ def _picture(page: Report, played: Played, path: Path) -> None:
 def _report(page: Report, played: Played, path: Path) -> None:
     from dstrain.plan import html
 
-    path.write_text(html.render(page, played, MARK), encoding="utf-8")
+    path.write_text(html.render(page, played), encoding="utf-8")
 
 
 WRITERS: dict[str, Callable[[Report, Played, Path], None]] = {".json": _timeline, ".png": _picture, ".html": _report}
