@@ -31,6 +31,8 @@ PORT = 29600
 # Steps at whose beginning libraries still compile what later ones reuse.
 WARM_UP = 6
 TIMEOUT_S = 600.0
+# Loads in every record; a slow start, in which the router prefers no expert yet.
+WATCHED = ("checkpoint.every_steps=0", "metrics.moe_every_steps=1", "optim.lr=1e-4")
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,10 @@ def validate(network: Network, layouts: Sequence[str], steps: int, folder: Path)
         for name in layouts:
             run_dir = folder / network.name / name
             words = [*recipe, *network.layouts[name], f"train.steps={steps}", f"run.dir={run_dir}"]
-            planned = predicted(words, network.ranks, out)
-            run(testbed, network, ["train", *words, "checkpoint.every_steps=0"])
-            measured_s = median_step_s(run_dir)
+            run(testbed, network, ["train", *words, *WATCHED])
+            records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
+            measured_s = median(record["step_ms"] for record in records) / 1e3
+            planned = predicted(words, network.ranks, out, skew(records))
             row = {
                 "id": f"{network.name}/{name}",
                 "predicted": planned.step_s,
@@ -148,16 +151,18 @@ def validate(network: Network, layouts: Sequence[str], steps: int, folder: Path)
             yield row
 
 
-def predicted(words: Sequence[str], ranks: int, hardware: Path) -> Prediction:
+def predicted(words: Sequence[str], ranks: int, hardware: Path, skew: float) -> Prediction:
     config = load.compose("train", words, world_size=ranks)
     model = replace(config.model, vocab_size=embedding_rows(load_tokenizer(config.data.tokenizer)))
     machine = named(hardware.stem, hardware.parent)
-    return simulate(job_of(replace(config, model=model, hardware=machine)), machine).prediction
+    job = job_of(replace(config, model=model, hardware=machine))
+    return simulate(replace(job, skew=skew), machine).prediction
 
 
-def median_step_s(run_dir: Path) -> float:
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return median(record["step_ms"] for record in records[WARM_UP:]) / 1e3
+def skew(records: Sequence[dict[str, float]]) -> float:
+    """Load of the busiest rank over the mean, on average over layers and steps."""
+    loads = [value for record in records for name, value in record.items() if name.endswith("rank_load_max_over_mean")]
+    return sum(loads) / len(loads)
 
 
 def run(testbed: Testbed, network: Network, words: Sequence[str]) -> str:

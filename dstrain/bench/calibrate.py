@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from math import sqrt
+from math import isclose, sqrt
 
 import torch
 
@@ -38,11 +38,13 @@ from dstrain.plan.stages import step_times
 Predict = Callable[[HardwareConfig], float]
 # Where a constant is looked for: shares of speeds, microseconds.
 LEAST, MOST_SHARE, MOST_US = 1e-3, 10.0, 1e6
+# Of the interval in which a constant is looked for: to a part in ten thousand.
+HALVINGS = 18
 # Something of a transfer is on the link.
 MOST_HOST_SHARE = 0.95
 PATIENCE = 4
-# Each constant is part of the formulas of some others.
-TURNS = 4
+# Each constant is part of the formulas of some others: they are found in turns, until none moves by more than this.
+TURNS, STILL = 20, 1e-3
 # The host of a CPU launches its kernels itself, and nothing slows them down that was not there when they were timed.
 ALONE = {"sustained": 1.0, "device_spread": 0.0, "kernel_us": 0.0}
 # By a speed, the shares of it.
@@ -77,8 +79,11 @@ class Measured:
         """`given` with everything that was measured."""
         found = replace(given, **self.facts, **self.speeds)  # type: ignore[arg-type]
         for _ in range(TURNS):
+            before = found
             for key, samples in self.samples.items():
                 found = solved(found, key, samples)
+            if all(isclose(getattr(before, key), getattr(found, key), rel_tol=STILL) for key in self.samples):
+                break
         found = bounded(found)
         changed = [speed for speed in SHARES if getattr(found, speed) != getattr(given, speed)]
         keys = [key for key in asdict(found) if key in {*changed, *self.facts, *self.speeds, *self.samples}]
@@ -100,7 +105,7 @@ def solved(hardware: HardwareConfig, key: str, samples: Sequence[Sample]) -> Har
     def put(value: float) -> HardwareConfig:
         return replace(hardware, **{key: value})  # type: ignore[arg-type]
 
-    for _ in range(48):
+    for _ in range(HALVINGS):
         middle = sqrt(low * high)
         is_more = sum(sample.predicted_s(put(middle)) for sample in samples) > taken_s
         if is_more == rises:
