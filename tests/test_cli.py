@@ -89,7 +89,7 @@ def test_help_of_the_other_commands(line, command: str):
     assert status == 0
     # Only configs of training and suites of benches are composed of groups.
     composed = ("verify", "dryrun", "bench comm", "bench fabric", "schedule show", "schedule split")
-    composed += ("plan", "plan search", "plan trace")
+    composed += ("plan", "plan search", "plan trace", "calibrate")
     assert ("Groups" in out) == (command in composed)
     assert out.startswith(f"dstrain {command} ")
 
