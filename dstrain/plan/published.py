@@ -130,6 +130,8 @@ class Software:
     # Kernels bound by memory, over those of fused ones.
     unfused: float = 1.0
     launch_per_expert: bool = False
+    # Layers that are left over go to the first stages, whatever they cost.
+    spreads_rest: bool = False
     # Of the update; a kernel for each operation of AdamW has 22 operands of 4 bytes instead of 7.
     update_bytes: int = 10
 
@@ -143,7 +145,7 @@ SOFTWARE = {
     # Megatron-LM of 2022: scores in memory, one send after the other.
     "arXiv:2205.05198": Software(blocking_sends=True),
     "arXiv:2201.11990": Software(blocking_sends=True),
-    "torchtitan": Software(),
+    "torchtitan": Software(spreads_rest=True),
     # One kernel after the other, as PyTorch has them.
     "llm-foundry": Software(grad_bytes=2, unfused=1.6, update_bytes=80),
     "SimuMax": Software(blocking_sends=True, launch_per_expert=True),
@@ -249,7 +251,7 @@ def job_of_row(row: Row) -> Job:
         **{axis: config.get(axis, 1) for axis in ("tp", "cp", "pp", "ep", "etp")},
         pipeline=_word(row, "sched", SCHEDULES, "interleaved" if chunks > 1 else "1f1b"),
         chunks=chunks,
-        split=tuple(config.get("split", ())),
+        split=tuple(config.get("split", ())) or _even_split(row, config.get("pp", 1) * chunks, software),
         free_split=True,
         update_bytes=software.update_bytes,
         # Grouped products of MXFP8 find the numbers of rows on the device (cuBLAS, since Blackwell).
@@ -277,6 +279,14 @@ def job_of_row(row: Row) -> Job:
     )
     _check(row, job)
     return job
+
+
+def _even_split(row: Row, stages: int, software: Software) -> tuple[int, ...]:
+    """As many layers on every stage, where that is possible: what all frameworks do unless they are told otherwise."""
+    each, rest = divmod(row.model.layers, stages)
+    if rest and not software.spreads_rest:
+        return ()
+    return (each + 1,) * rest + (each,) * (stages - rest)
 
 
 def _word(row: Row, key: str, words: Mapping[str, str], default: str) -> str:
