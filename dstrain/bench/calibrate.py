@@ -137,7 +137,7 @@ def measure(config: Config, groups: Groups, rounds: int) -> Measured:
     found: dict[str, float] = {}
     if not given.memory_gbytes_per_s or device.type == "cpu":
         found["memory_gbytes_per_s"] = num_bytes / clock.seconds(act) / 1e9
-    products = list(_products(job_of(small), config, clock))
+    products = list(_products(job_of(replace(small, precision=config.precision)), config, clock))
     if not given.peak_bf16_tflops or device.type == "cpu":
         found["peak_bf16_tflops"] = max(_tflops(shape, seconds) for shape, seconds in products if not _is_fp8(shape))
     samples = dict(_compute(config, small, narrow, products, clock))

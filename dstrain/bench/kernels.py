@@ -20,7 +20,15 @@ from dstrain.bench import parts
 from dstrain.comm.collectives import Peers, all_reduce_max
 from dstrain.comm.trace import Trace
 from dstrain.config.hardware import HardwareConfig
-from dstrain.config.schema import Config, MeshConfig, ModelConfig, MtpConfig, RouterConfig
+from dstrain.config.schema import (
+    Config,
+    DispatchConfig,
+    EngineConfig,
+    MeshConfig,
+    ModelConfig,
+    MtpConfig,
+    RouterConfig,
+)
 from dstrain.engine.choose import make_engine
 from dstrain.engine.loop import Trainer
 from dstrain.engine.state import Progress
@@ -168,8 +176,8 @@ def attention(config: Config, device: torch.device) -> tuple[Act, Act]:
 
 
 def two_layers(config: Config) -> Config:
-    """A model of a dense layer and an MoE layer, as far as the config has both, with embedding and head; one
-    micro-batch a rank, nothing beside expert parallelism."""
+    """A model of a dense layer and an MoE layer, as far as the config has both, with embedding and head, in the compute
+    dtype; one micro-batch a rank, nothing beside expert parallelism."""
     model, mesh, train = config.model, config.mesh, config.train
     dense, moe = min(1, model.num_dense_layers), min(1, model.num_layers - model.num_dense_layers)
     return replace(
@@ -178,6 +186,7 @@ def two_layers(config: Config) -> Config:
         model=replace(model, num_layers=dense + moe, num_dense_layers=dense, mtp=MtpConfig(depth=0)),
         train=replace(train, sequences=mesh.ep * train.micro_batch, batch_tokens=None),
         schedule=replace(config.schedule, split=()),
+        precision=replace(config.precision, products="compute", gather="compute"),
     )
 
 
@@ -223,7 +232,14 @@ def micro_batch(config: Config, device: torch.device) -> Act:
 def step(config: Config, device: torch.device) -> Act:
     """A training step of `narrow` in a process of its own: what it takes beyond its micro-batch is Python's."""
     model = replace(config.model, router=RouterConfig())
-    alone = replace(config, mesh=MeshConfig(dp=1), model=model, train=replace(config.train, sequences=1))
+    alone = replace(
+        config,
+        mesh=MeshConfig(dp=1),
+        model=model,
+        train=replace(config.train, sequences=1),
+        engine=EngineConfig(),
+        dispatch=DispatchConfig(),
+    )
     mesh = Mesh()
     groups = Groups(mesh, Place(0, 1, device), mesh.coordinate(0), Trace(device), Topology((0,)))
     built = build_model(alone, groups)

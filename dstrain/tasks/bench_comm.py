@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dstrain.bench.comm import Exchange, exchanges, speeds
-from dstrain.bench.hardware_file import HardwareFile
+from dstrain.bench.hardware_file import HardwareFile, calibrated
 from dstrain.comm.agreement import on_first
 from dstrain.comm.failure import blaming, unless_broken
 from dstrain.comm.probe import Speed
@@ -75,14 +75,12 @@ def _about(config: CommRoot, groups: Groups) -> str:
 def hardware(given: HardwareConfig, links: Mapping[Link, Speed], groups: Groups) -> HardwareConfig:
     """`given` with what was measured in the place of what it says about links; what was not measured stays."""
     nodes = groups.topology.nodes(range(groups.place.world))
+    names, constants = {Link.NODE: "intra_node", Link.NETWORK: "inter_node"}, dict[str, float]()
+    for link, speed in links.items():
+        rate, us = _rounded(speed)
+        constants |= {f"{names[link]}_gbytes_per_s": rate, f"{names[link]}_latency_us": us}
     found = replace(given, devices_per_node=max(map(len, nodes)))
-    if Link.NODE in links:
-        rate, us = _rounded(links[Link.NODE])
-        found = replace(found, intra_node_gbytes_per_s=rate, intra_node_latency_us=us)
-    if Link.NETWORK in links:
-        rate, us = _rounded(links[Link.NETWORK])
-        found = replace(found, inter_node_gbytes_per_s=rate, inter_node_latency_us=us)
-    return found
+    return calibrated(found, f"dstrain bench comm, {date.today()}", **constants)
 
 
 def _rounded(speed: Speed) -> tuple[float, float]:
