@@ -16,8 +16,8 @@ from dstrain.plan.stages import Shape, Stages
 from dstrain.schedule.pipeline import Layout
 from dstrain.schedule.pipelines.choose import layout
 
-# Schedules in which forward and backward passes run in pairs whatever the job says.
-PAIRED = ("dualpipe", "dualpipev")
+# Schedules that put all weight gradients off as slots of their own, and have no pairs.
+ZERO_BUBBLE = ("zb_1p", "zb_v")
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,9 @@ class Closed:
         forward = max(0.0, there - moe.shared[0]) + home
         # Under the shared expert's backward pass, and under weight gradients where they stand apart.
         shadows = (moe.attend[2], moe.experts[2]) if self.job.splits_weights else (0.0, 0.0)
+        if self.job.pipeline in ZERO_BUBBLE:
+            # Those that follow fill both transfers in equal shares, or run behind them.
+            shadows = (moe.passes[2] / 2,) * 2 if self.job.overlap else (0.0, 0.0)
         backward = max(0.0, there - moe.shared[1] - moe.shared[2] - shadows[0]) + max(0.0, home - shadows[1])
         # Others than dstrain send again what they compute again.
         return forward, backward + (there + home) * ("moe" in self.job.recompute)
@@ -106,7 +109,7 @@ class Closed:
         # In a bidirectional pipeline half of the micro-batches pass each copy of a stage.
         count = job.micro_batches / self.placed.copies
         work = [count * sum(each.compute for each in held) for held in own]
-        stalls = [count * sum(self._stall(each) for each in held) for held in own]
+        stalls = [sum(self._stall(each, count, len(held)) for each in held) for held in own]
         longest = max(range(len(own)), key=lambda n: work[n] + stalls[n])
         bubble_ms = self._bubble_ms(own)
         ends = self._end(own)
@@ -114,11 +117,22 @@ class Closed:
         kinds = self._kinds(longest, count)
         return prediction(job, self.hardware, step_ms, work[longest], bubble_ms, stalls[longest], ends, kinds)
 
-    def _stall(self, sums: Sums) -> float:
+    def _stall(self, sums: Sums, count: float, stages: int) -> float:
+        """Of a stage of a rank that holds so many, in `count` micro-batches."""
         job = self.job
-        if job.pipeline in PAIRED or (job.overlap and (job.pp > 1 or job.in_flight > 1)):
-            return sums.paired
-        return sum(sums.alone)
+        in_pairs = job.overlap and job.pipeline not in ZERO_BUBBLE and (job.pp > 1 or job.in_flight > 1)
+        alone = min(count, self._unpaired / stages) if in_pairs else count
+        return (count - alone) * sums.paired + alone * sum(sums.alone)
+
+    @cached_property
+    def _unpaired(self) -> float:
+        """Passes forward, and as many backward, that have no partner in a schedule of pairs: in bidirectional ones of
+        the first rank, in others of the last rank, which begins when the bubble ends."""
+        p = self.job.pp
+        if p == 1:
+            return 0.0
+        bidirectional = {"dualpipe": 3 * p / 2 - 1, "dualpipev": 3 * p - 1}
+        return bidirectional.get(self.job.pipeline, (self.job.chunks - 1) * p + 1)
 
     def _bubble_ms(self, own: list[list[Sums]]) -> float:
         job, p = self.job, self.job.pp
@@ -133,10 +147,12 @@ class Closed:
         forward, into = forward + alone_f, into + alone_b
         pair = forward + into + weight - alone_f - alone_b + sum(e.paired for e in each) / len(each)
         sends_ms = 2 * (stages - 1) * self.stages.send_ms
+        filled = job.overlap and self.stages.spreads
         bubbles = {
             "1f1b": (p - 1) * (forward + into + weight),
             "interleaved": (p - 1) * (forward + into + weight),
-            "zb_1p": (p - 1) * max(0.0, forward + into - weight),
+            # Weight gradients that fill transfers of the last stages can't fill the gaps of the first ones.
+            "zb_1p": (p - 1) * max(0.0, forward + into - (0.0 if filled else weight)),
             "zb_v": (p - 1) * max(0.0, forward + into - 2 * weight),
             "dualpipe": (p / 2 - 1) * max(0.0, pair + into - 2 * weight),
             "dualpipev": (p - 1) * max(0.0, pair + into - 2 * weight),
