@@ -15,14 +15,11 @@ from dstrain.plan.job import Job
 from dstrain.plan.network import Group
 from dstrain.schedule.pipelines.choose import NAMES, layout, rule_broken
 
-# What may be varied beside the layout.
-VARIABLE = ("precision", "node_limit")
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 CHUNKS = (2, 3, 4, 6)
 RECOMPUTED = ((), ("norm", "swiglu"), ("norm", "mla_up", "swiglu"), ("layer",))
-# Whose table pairs forward and backward passes in any case, and those in which weight gradients are apart.
+# Whose tables pair forward and backward passes in any case.
 PAIRED = ("dualpipe", "dualpipev")
-SPLIT = ("zb_1p", "zb_v")
 # GB/s inside a node that only NVLink has: what DeepEP's kernels ask for.
 NVLINK_GBYTES_PER_S = 150.0
 # Precisions of products: the group that a config takes for them, and the wire that follows.
@@ -40,7 +37,7 @@ class Run:
     hardware: HardwareConfig
     # Sequences of all batches of the run, those of a ramp included.
     batches: tuple[int, ...]
-    # Any of VARIABLE.
+    # Any of dstrain.config.plan.VARIABLE.
     vary: frozenset[str]
 
     def layouts(self) -> Iterator[Job]:
@@ -113,7 +110,7 @@ class Run:
             return
         group, machine = self._group(spread), self.hardware
         yield from ("rank", "alltoall")
-        if group.nodes > 1 and group.local > 1:
+        if group.nodes > 1 and group.local > 1 and group.size % group.local == 0:
             yield "hierarchical"
         # Its kernels need NVLink and a Hopper, which the first FP8 came with.
         runs = machine.peak_fp8_tflops and machine.intra_node_gbytes_per_s >= NVLINK_GBYTES_PER_S

@@ -4,33 +4,44 @@ A layout fits if its fullest pipeline rank does. Played are the best ones, and o
 pipeline ranks, say) the best, so that what is said about families is said of steps played alike.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from dstrain.config.hardware import HardwareConfig
 from dstrain.errors import ConfigError
 from dstrain.plan.job import Job
-from dstrain.plan.layouts import Run, keys
+from dstrain.plan.layouts import PAIRED, Run, keys
 from dstrain.plan.memory import rank_memory
 from dstrain.plan.simulation import simulate
 from dstrain.plan.stages import Stages
 from dstrain.plan.step import Prediction, predict
+from dstrain.schedule.pipelines.choose import rule_broken
 
 # Layouts played for each one that is asked for.
 PLAYED = 3
+
+
+def _schedule(job: Job) -> str:
+    if job.pp == 1:
+        return f"in_flight={job.in_flight}"
+    name = f"{job.pipeline} of {job.chunks} chunks" if job.pipeline == "interleaved" else job.pipeline
+    return f"{name} overlapped" if job.overlap and job.pipeline not in PAIRED else name
+
+
 # By what layouts are told apart: how a family is named, in the words of a config.
 FAMILIES: dict[str, Callable[[Job], str]] = {
     "pp": lambda job: f"pp={job.pp}",
     "ep": lambda job: f"ep={job.ep}",
-    "schedule": lambda job: f"{job.pipeline}" if job.pp > 1 else f"in_flight={job.in_flight}",
+    "schedule": _schedule,
     "micro_batch": lambda job: f"micro_batch={job.micro_batch}",
     "recompute": lambda job: f"recompute=[{','.join(sorted(job.recompute))}]",
     "dispatcher": lambda job: job.dispatcher,
-    "overlap": lambda job: f"overlap={str(job.overlap).lower()}",
     "products": lambda job: job.products,
     "node limit": lambda job: f"{job.model.groups_per_token} of {job.model.groups} groups",
 }
+# Of which it is told where they don't fit.
+TOLD = ("pp", "ep", "schedule", "micro_batch", "recompute")
 # Below this share of a step two layouts take equally long.
 EQUAL = 0.001
 
@@ -83,7 +94,7 @@ def search(
     vary: Iterable[str] = (),
 ) -> Found:
     """The `top` quickest layouts for the model, batch and devices of `job`; `batches`: further sequences in a batch
-    that the run has (a ramp); `vary`: what besides the layout, see plan.layouts.VARIABLE.
+    that the run has (a ramp); `vary`: what besides the layout, see dstrain.config.plan.VARIABLE.
 
     Raises ConfigError if no layout takes the batch.
     """
@@ -148,17 +159,21 @@ class _Looked:
 
     @cached_property
     def ranked(self) -> list[Entry]:
-        """In the order of the closed form; of equals the one that needs less memory."""
-        return sorted(self.fitting, key=_order)
+        """In the order of the closed form; of layouts that differ in the transport of tokens alone and take equally
+        long, only the first."""
+        first: dict[tuple[Job, float], Entry] = {}
+        for entry in sorted(self.fitting, key=_order):
+            first.setdefault((replace(entry.job, dispatcher=""), entry.prediction.step_s), entry)
+        return list(first.values())
 
     def _played(self, top: int) -> list[Entry]:
         chosen = {entry.job: entry for entry in self.ranked[: PLAYED * top]}
         known: set[tuple[str, str]] = set()
         for entry in self.ranked:
-            for family in _families(entry.job):
-                if family not in known:
-                    known.add(family)
-                    chosen[entry.job] = entry
+            families = set(_families(entry.job))
+            if families - known:
+                known |= families
+                chosen[entry.job] = entry
         # Those with the same table one after the other: making it is most of the work.
         by_table = sorted(chosen.values(), key=lambda entry: _table(entry.job))
         played = [replace(each, prediction=simulate(each.job, self.hardware).prediction) for each in by_table]
@@ -166,26 +181,34 @@ class _Looked:
 
     def _place(self) -> int | None:
         """Of the job as it was given."""
-        if self._lacking_gib(self._memory_gib(self.given)) > 0:
+        job = self.given
+        whole = job.micro_batches and not rule_broken(job.pipeline, job.pp, job.micro_batches, job.chunks)
+        if not whole or self._lacking_gib(self._memory_gib(job)) > 0:
             return None
         step_s = predict(self.given, self.hardware).step_s
-        return 1 + sum(entry.prediction.step_s < step_s for entry in self.ranked)
+        return 1 + sum(entry.prediction.step_s < step_s for entry in self.fitting)
 
     # -- reasons ------------------------------------------------------------------------------------------------------
 
-    def _reasons(self, best: Entry, pool: list[Entry]) -> Iterator[str]:
-        """What the best layout of other families would cost: of each kind the next one."""
-        for family, name_of in FAMILIES.items():
-            own = name_of(best.job)
-            other = next((entry for entry in pool if name_of(entry.job) != own), None)
-            if other is not None:
-                yield f"{name_of(other.job)} {_slower(other.prediction, best.prediction)}"
-            lacking = [misfit for (kind, name), misfit in self.misfits.items() if kind == family and name != own]
-            fits = {name_of(entry.job) for entry in pool}
-            for misfit in sorted(lacking, key=lambda misfit: misfit.lacking_gib):
-                if name_of(misfit.job) not in fits:
-                    yield f"{name_of(misfit.job)} does not fit by {misfit.lacking_gib:.1f} GiB"
-                    break
+    def _reasons(self, best: Entry, pool: Sequence[Entry]) -> Iterator[str]:
+        """What it would cost to leave the best one's families, of each the least; and which other ones don't fit."""
+        told = set()
+        for name_of in FAMILIES.values():
+            other = next((entry for entry in pool if name_of(entry.job) != name_of(best.job)), None)
+            if other is not None and other.job not in told:
+                told.add(other.job)
+                names = (name(other.job) for name in FAMILIES.values() if name(other.job) != name(best.job))
+                yield f"{', '.join(names)} {_slower(other.prediction, best.prediction)}"
+        fitting = {family for entry in self.fitting for family in _families(entry.job)}
+        for told_family in TOLD:
+            lacking = [
+                (misfit.lacking_gib, name)
+                for (family, name), misfit in self.misfits.items()
+                if family == told_family and (family, name) not in fitting
+            ]
+            if lacking:
+                gib, name = min(lacking)
+                yield f"{name} does not fit by {gib:.1f} GiB"
 
     def _nothing(self) -> str:
         misfit = self.nearest
@@ -204,8 +227,9 @@ def _families(job: Job) -> list[tuple[str, str]]:
     return [(family, name_of(job)) for family, name_of in FAMILIES.items()]
 
 
-def _order(entry: Entry) -> tuple[float, float]:
-    return entry.prediction.step_s, entry.memory_gib
+def _order(entry: Entry) -> tuple[float, bool, float]:
+    """The quickest first; of equals the transport that dstrain itself has, and the one that needs less memory."""
+    return entry.prediction.step_s, entry.job.dispatcher == "deepep", entry.memory_gib
 
 
 def _table(job: Job) -> tuple[str, int, int, int, bool]:
