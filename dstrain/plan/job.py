@@ -138,7 +138,7 @@ def job_of(config: Config) -> Job:
         overlap=_overlaps(config) if overlap is None else overlap,
         in_flight=in_flight,
         products=products,
-        dispatcher=config.dispatch.kind,
+        dispatcher=_dispatcher(config),
         wire=_wire(config, products),
         grad_wire_bytes=BYTES[precision.grad_wire_dtype],
         gather_bytes=1 if precision.gather == "fp8" else BYTES[compute],
@@ -178,6 +178,14 @@ def _overlaps(config: Config) -> bool:
     """Where experts are spread; 1F1B and interleaved have pairs only if they are asked for."""
     paired = config.mesh.pp == 1 or config.schedule.pipeline not in ("1f1b", "interleaved")
     return config.mesh.ep > 1 and paired
+
+
+def _dispatcher(config: Config) -> str:
+    """What auto comes to where links are alike within a node, and slower between nodes (dispatch/choose.py)."""
+    if config.mesh.ep == 1:
+        return "local"
+    inside = config.mesh.ep <= config.hardware.devices_per_node
+    return {"auto": "rank" if inside else "hierarchical"}.get(config.dispatch.kind, config.dispatch.kind)
 
 
 def _wire(config: Config, products: str) -> str:

@@ -101,10 +101,10 @@ def visited(model_key: tuple[int, int, int, int], places: int) -> float:
 def rows_sent(dispatcher: str, model_key: tuple[int, int, int, int], ranks: int, local: int) -> Rows:
     """Of one token under a router that likes all experts equally; `model_key`: experts, experts per token, groups,
     groups per token."""
-    nodes = ranks // local
+    nodes = ceil(ranks / local)
     rows = float(model_key[1]) if dispatcher == "alltoall" else visited(model_key, ranks)
     if dispatcher in ("alltoall", "rank") or nodes == 1:
-        return Rows(rows * (local - 1) / ranks, rows * (nodes - 1) / nodes)
+        return Rows(rows * (local - 1) / ranks, rows * (ranks - local) / ranks)
     # What arrives at a node goes on to its ranks.
     return Rows(rows * (local - 1) / local, visited(model_key, nodes) * (nodes - 1) / nodes)
 
@@ -126,8 +126,7 @@ def exchanges(job: Job, hardware: HardwareConfig, tokens: float) -> Exchanges:
     group = Group.of(job.ep, job.etp, hardware.devices_per_node)
     if job.ep == 1 or job.dispatcher == "local":
         return Exchanges(0.0, 0.0)
-    kind = {"auto": "hierarchical"}.get(job.dispatcher, job.dispatcher)
-    rows = rows_sent(kind, router_key(job.model), job.ep, group.local)
+    rows = rows_sent(job.dispatcher, router_key(job.model), job.ep, group.local)
     network, hidden = Network(hardware), job.model.hidden
     on_gpu = hardware.multiprocessors > 0
     slower, notify_s = OVERLAPPED if job.overlap and on_gpu else 1.0, NOTIFY_S if on_gpu and group.nodes > 1 else 0.0
