@@ -12,6 +12,7 @@ from dstrain.config.plan import PlanRoot, changes, fitted
 from dstrain.config.schema import Config
 from dstrain.engine.recipe import steps_by_batch
 from dstrain.plan import report
+from dstrain.plan.cures import cures
 from dstrain.plan.job import job_of
 from dstrain.plan.memory import rank_memory
 from dstrain.plan.report import Range, RankUse, Report
@@ -68,7 +69,7 @@ def report_of(config: Config) -> tuple[Report, Simulation]:
     played = simulate(job, hardware)
     memory = [RankUse(rank.rank, rank.parts_gib, rank.total_gib) for rank in rank_memory(job, hardware)]
     steps = steps_by_batch(config.train)
-    verdict = report.judged(memory, hardware.memory_gib, ())
+    verdict = report.judged(memory, hardware.memory_gib, cures(job, hardware))
     return report.make(job, hardware, played.prediction, memory, verdict, steps), played
 
 
