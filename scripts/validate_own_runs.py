@@ -1,6 +1,6 @@
 """Steps of small models on this machine's processors, over limited links, against what the planner says of them.
 
-    sudo python scripts/validate_own_runs.py [--only net100/ep4_rank ...] [--steps 24] [--out own_runs.json]
+    sudo python scripts/validate_own_runs.py [--only grid100/ep4_rank ...] [--steps 24] [--out own_runs.json]
 
 For each network of namespaces (dstrain/bench/testbed.py), `dstrain calibrate` first: all ranks at once, so that what
 they share is shared as in training. Then `dstrain train` for every layout, all planned with that one hardware file;
@@ -53,52 +53,38 @@ class Network:
         return self.nodes * self.per_node
 
 
-# Rates and packets that leave the cores to compute: a packet costs them the same, whatever its size.
-RATES_MBIT = (100, 300)
+# A packet costs the cores the same, whatever its size.
 MTU = 9000
 FOUR_LAYERS = ("model.num_layers=4", "train.sequences=32", "train.micro_batch=2")
-SPREAD = {
+TWO_RANKS = {
+    "ep2_rank": ("mesh.ep=2", "dispatch.kind=rank"),
+    "ep2_alltoall": ("mesh.ep=2", "dispatch.kind=alltoall"),
+    "ep2_sequential": ("mesh.ep=2", "dispatch.kind=rank", "schedule.in_flight=1"),
+    "dp2": (),
+    "pp2_1f1b": ("mesh.pp=2", "schedule=1f1b"),
+    "pp2_zb_v": ("mesh.pp=2", "schedule=zb_v"),
+    "pp2_dualpipev": ("mesh.pp=2", "schedule=dualpipev"),
+}
+# On this many ranks two share a core each, and wait for each other's turn as well as for the link: the link must be
+# what takes longest.
+FOUR_RANKS = {
     "ep4_rank": ("mesh.ep=4", "dispatch.kind=rank"),
     "ep4_alltoall": ("mesh.ep=4", "dispatch.kind=alltoall"),
     "ep4_hierarchical": ("mesh.ep=4", "dispatch.kind=hierarchical"),
     "ep4_rank_bf16_wire": ("mesh.ep=4", "dispatch.kind=rank", "dispatch.wire=bfloat16"),
     "ep4_rank_sequential": ("mesh.ep=4", "dispatch.kind=rank", "schedule.in_flight=1"),
-    "ep2_dp2": ("mesh.ep=2", "dispatch.kind=rank"),
-    "dp4": (),
     "pp2_ep2_1f1b": ("mesh.pp=2", "mesh.ep=2", "dispatch.kind=rank", "schedule=1f1b"),
-    "pp2_ep2_dualpipev": ("mesh.pp=2", "mesh.ep=2", "dispatch.kind=rank", "schedule=dualpipev"),
+}
+ONE_RANK: dict[str, tuple[str, ...]] = {
+    "tiny": (),
+    "micro_batch_2": ("train.micro_batch=2",),
+    "seq_512": ("train.seq_len=512", "train.micro_batch=2"),
 }
 NETWORKS = (
-    Network(
-        "one",
-        1,
-        1,
-        None,
-        (),
-        (),
-        {
-            "tiny": (),
-            "micro_batch_2": ("train.micro_batch=2",),
-            "seq_512": ("train.seq_len=512", "train.micro_batch=2"),
-        },
-    ),
-    Network(
-        "node",
-        1,
-        2,
-        None,
-        FOUR_LAYERS,
-        ("mesh.ep=2",),
-        {
-            "ep2_rank": ("mesh.ep=2", "dispatch.kind=rank"),
-            "ep2_alltoall": ("mesh.ep=2", "dispatch.kind=alltoall"),
-            "dp2": (),
-            "pp2_1f1b": ("mesh.pp=2", "schedule=1f1b"),
-            "pp2_zb_v": ("mesh.pp=2", "schedule=zb_v"),
-            "pp2_dualpipev": ("mesh.pp=2", "schedule=dualpipev"),
-        },
-    ),
-    *(Network(f"net{rate}", 2, 2, rate, FOUR_LAYERS, ("mesh.ep=4",), SPREAD) for rate in RATES_MBIT),
+    Network("one", 1, 1, None, (), (), ONE_RANK),
+    Network("node", 1, 2, None, FOUR_LAYERS, ("mesh.ep=2",), TWO_RANKS),
+    *(Network(f"pair{rate}", 2, 1, rate, FOUR_LAYERS, ("mesh.ep=2",), TWO_RANKS) for rate in (100, 400)),
+    Network("grid100", 2, 2, 100, FOUR_LAYERS, ("mesh.ep=4",), FOUR_RANKS),
 )
 
 

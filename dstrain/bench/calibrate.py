@@ -145,7 +145,10 @@ def measure(config: Config, groups: Groups, rounds: int) -> Measured:
     if groups.world is not None:
         found |= _links(speeds(groups.world))
         taken = list(exchanges(config, groups, groups.world, rounds))
-        samples |= _transfers(config, groups, taken, replace(config.hardware, **facts))  # type: ignore[arg-type]
+        machine = replace(config.hardware, **facts)  # type: ignore[arg-type]
+        samples |= _transfers(config, groups, taken, machine)
+        few = replace(config, train=replace(config.train, seq_len=kernels.TINY_TOKENS, micro_batch=1))
+        samples |= _latency(few, list(exchanges(few, groups, groups.world, rounds)), machine)
         if device.type == "cpu":
             found["transfer_host_share"] = _host_share(taken, clock.stretch(kernels.micro_batch(small, device)))
     return Measured(facts, found, samples)
@@ -256,6 +259,13 @@ def _transfers(
     for key, sample in [*_rows(config, taken, machine), *_reductions(config, groups, taken, machine)]:
         samples.setdefault(key, []).append(sample)
     return samples
+
+
+def _latency(config: Config, taken: Sequence[Exchange], machine: HardwareConfig) -> dict[str, list[Sample]]:
+    """Of an exchange of a few tokens: packing and unpacking take their time, however little there is."""
+    samples = list(_rows(config, taken, machine))
+    key = samples[0][0].replace("alltoall_efficiency", "latency_us") if samples else ""
+    return {key: [sample for _, sample in samples]} if key else {}
 
 
 def _rows(config: Config, taken: Sequence[Exchange], machine: HardwareConfig) -> Iterator[tuple[str, Sample]]:
