@@ -73,7 +73,7 @@ def _table(measured: Measured, hardware: HardwareConfig) -> Table:
     table = Table()
     for name in ("constant", "value", "from", "measured ms", "planned ms", "farthest off"):
         table.add_column(name, justify="left" if name in ("constant", "from", "farthest off") else "right")
-    for key in (*measured.facts, *measured.speeds):
+    for key in (key for key in (*measured.facts, *measured.speeds) if key not in measured.samples):
         table.add_row(key, f"{getattr(hardware, key):.4g}", "", "", "", "")
     for key, samples in measured.samples.items():
         planned = [sample.predicted_s(hardware) for sample in samples]
