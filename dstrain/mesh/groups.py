@@ -17,7 +17,7 @@ from dstrain.comm.collectives import Peers
 from dstrain.comm.p2p import meet
 from dstrain.comm.trace import Trace
 from dstrain.config.schema import Config
-from dstrain.host import tune_cpu, tune_gpu
+from dstrain.host import tune_cpu, tune_gpu, tune_gpu_memory
 from dstrain.mesh.axes import Coordinate, Mesh
 from dstrain.mesh.topology import Topology
 from dstrain.schedule.pipelines.choose import layout
@@ -41,6 +41,7 @@ class Place:
     @staticmethod
     def from_environment() -> "Place":
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        tune_gpu_memory()
         if world > 1:
             tune_gpu()
         if torch.cuda.is_available():

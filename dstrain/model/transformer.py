@@ -12,10 +12,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dstrain.config.schema import ModelConfig
 from dstrain.dispatch.contract import Dispatcher
+from dstrain.model.cross_entropy import cross_entropy
 from dstrain.model.layer import Block, DenseLayer, End, MoELayer, Walk, walk_whole
 from dstrain.model.loss import MAIN, MTP, LossTerms, StepLoss
 from dstrain.model.mtp import MtpModule
@@ -174,8 +174,8 @@ class Transformer(nn.Module):
 
     def _cross_entropy(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Sum over sequences of the mean cross entropy of their tokens, FP32."""
-        logits_NV = self.scores(hidden_BTD).flatten(0, 1).float()
-        return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum") / targets_BT.shape[1]
+        logits_NV = self.scores(hidden_BTD).flatten(0, 1)
+        return cross_entropy(logits_NV, targets_BT.flatten()) / targets_BT.shape[1]
 
     def _rotation(self, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
         positions_T = torch.arange(seq_len, device=device)
