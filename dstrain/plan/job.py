@@ -7,6 +7,7 @@ a job can have tensor (tp) and context (cp) parallelism, experts cut by tensors 
 from dataclasses import dataclass
 from functools import cached_property
 
+from dstrain.config.precision import gathers_fp8
 from dstrain.config.schema import Config
 from dstrain.errors import ConfigError
 from dstrain.plan.architecture import Architecture
@@ -122,7 +123,7 @@ def job_of(config: Config) -> Job:
     _check_nodes(config, gpus)
     compute = precision.compute_dtype
     products = PRODUCTS.get(precision.products, "float32" if compute == "float32" else "bf16")
-    in_flight = config.schedule.in_flight or (2 if mesh.ep > 1 and mesh.pp == 1 else 1)
+    in_flight = _in_flight(config)
     overlap = config.schedule.overlap
     return Job(
         model=Architecture.of(config.model),
@@ -135,13 +136,13 @@ def job_of(config: Config) -> Job:
         pipeline=config.schedule.pipeline if mesh.pp > 1 else "1f1b",
         chunks=config.schedule.chunks if config.schedule.pipeline == "interleaved" else 1,
         split=_split(config),
-        overlap=_overlaps(config) if overlap is None else overlap,
+        overlap=_overlaps(config, in_flight) if overlap is None else overlap,
         in_flight=in_flight,
         products=products,
         dispatcher=_dispatcher(config),
         wire=_wire(config, products),
         grad_wire_bytes=BYTES[precision.grad_wire_dtype],
-        gather_bytes=1 if precision.gather == "fp8" else BYTES[compute],
+        gather_bytes=1 if gathers_fp8(config) else BYTES[compute],
         master_bytes=4 if compute != "float32" else 0,
         moment_bytes=BYTES[precision.moments_dtype],
         recompute=frozenset(train.recompute),
@@ -174,9 +175,16 @@ def _split(config: Config) -> tuple[int, ...]:
     return tuple(len(stage.layers) for stage in split(config, stages))
 
 
-def _overlaps(config: Config) -> bool:
-    """Where experts are spread; 1F1B and interleaved have pairs only if they are asked for."""
-    paired = config.mesh.pp == 1 or config.schedule.pipeline not in ("1f1b", "interleaved")
+def _in_flight(config: Config) -> int:
+    """Two where transfers can run under another micro-batch, but for stage 2, which takes one after the other
+    (schedule/choose.py)."""
+    waits = config.mesh.ep == 1 or config.mesh.pp > 1 or config.engine.zero_stage == 2
+    return config.schedule.in_flight or (1 if waits else 2)
+
+
+def _overlaps(config: Config, in_flight: int) -> bool:
+    """Where experts are spread, and micro-batches meet; 1F1B and interleaved have pairs only if they are asked for."""
+    paired = config.schedule.pipeline not in ("1f1b", "interleaved") if config.mesh.pp > 1 else in_flight > 1
     return config.mesh.ep > 1 and paired
 
 
