@@ -20,6 +20,9 @@ TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.93), (128, 64, 0.8), (64
 # and 16K, dstrain/plan/data/alltoall_microbenchmarks.json: 553 and 638, 422 and 523 TFLOP/s).
 HALF_FORWARD = 880
 HALF_BACKWARD = 1130
+# Share of the bandwidth of memory at which products read tiles and write them (fitted to DeepGEMM's table, with 0.76 of
+# the peak for the rest: dstrain/plan/data/gpu_microbenchmarks.json, deepgemm_h800_fp8).
+STREAMING = 0.88
 # With operands of one byte.
 NARROW = ("fp8_tensor", "fp8_block", "mxfp8")
 # Backward attention computes five products for two.
@@ -41,8 +44,8 @@ class Device:
         if found is None:
             flops_s = 2.0 * m * n * k * groups / (self.speed(products) * self._filled(m, n, groups))
             # Operands come while tiles are multiplied: few rows wait for the weights.
-            in_s = groups * (m + n) * k * (1 if products in NARROW else 2) / self.memory_speed
-            out_s = groups * m * n * out_bytes / self.memory_speed
+            in_s = groups * (m + n) * k * (1 if products in NARROW else 2) / self.streaming_speed
+            out_s = groups * m * n * out_bytes / self.streaming_speed
             found = self._cache[key] = max(flops_s, in_s) + out_s + self.hardware.kernel_us * 1e-6
         return found
 
@@ -60,6 +63,13 @@ class Device:
 
     def _filled(self, m: int, n: int, groups: int) -> float:
         return _filled(m, n, groups, self.hardware.multiprocessors) if self.hardware.multiprocessors else 1.0
+
+    @property
+    def streaming_speed(self) -> float:
+        """Bytes a second of operands and results of products; a CPU's file says what both kinds of kernels reach."""
+        if not self.hardware.multiprocessors:
+            return self.memory_speed
+        return self.hardware.memory_gbytes_per_s * 1e9 * STREAMING
 
     @property
     def memory_speed(self) -> float:
