@@ -32,11 +32,13 @@ class Library:
     """In what frameworks differ, memory being all they agree on otherwise."""
 
     name: str
-    # Of a logit: kept for the backward pass, and used by it beside that; freed before it without others having room
-    # for what follows in the hole.
-    logit_bytes: int
-    logit_work_bytes: int
-    logit_hole_bytes: int
+    # Of allocated memory: reserved beside it, in pieces that nothing fits into.
+    fragmentation: float
+    # Cross entropy keeps logits as they come and writes the gradient over them; otherwise FP32 log-probabilities are
+    # kept, and gradients stand beside them.
+    overwrites_logits: bool = True
+    # Of the logits that it has in FP32 at once.
+    logit_chunk_bytes: int = 0
     # An empty gradient for each shape of weights lives on: products add to the sum themselves, and autograd wants one.
     placeholders: bool = False
     # The output of a norm is forgotten with the norm, instead of what lies within it.
@@ -63,14 +65,25 @@ class Library:
         return TORCHTITAN if "torchtitan" in source or "llm-foundry" in source else MEGATRON
 
 
-# Log-probabilities in FP32; from there the gradients of both their parts. BF16 logits are freed before.
+# Segments that grow (host.py) lose the rest of a page at the end of a block: assumed.
 DSTRAIN = Library(
-    "dstrain", 4, 8, 2, pads_values=True, keeps_narrow=True, receives_ahead=2, packs=True, keeps_rotation=True
+    "dstrain",
+    0.02,
+    logit_chunk_bytes=32 * 2**20,
+    pads_values=True,
+    keeps_narrow=True,
+    receives_ahead=2,
+    packs=True,
+    keeps_rotation=True,
 )
-# Transformer Engine: cross entropy writes the gradient over the BF16 logits (docs of te.parallel_cross_entropy).
-MEGATRON = Library("Megatron-Core", 2, 0, 0, placeholders=True, forgets_normed=True)
+# Segments of fixed sizes: reserved over allocated memory of seven configurations of Megatron-LM on B200, 1.03 to 1.07
+# (SimuMax, docs/b200/b200_release_v1.2_summary.json). Cross entropy is Transformer Engine's (parallel_cross_entropy).
+MEGATRON = Library("Megatron-Core", 0.05, placeholders=True, forgets_normed=True)
 # FP8 products of torchao take, and keep, BF16.
-TORCHTITAN = Library("torchtitan", 4, 8, 2, keeps_fp8=False, keeps_outputs=True)
+TORCHTITAN = Library("torchtitan", 0.05, overwrites_logits=False, keeps_fp8=False, keeps_outputs=True)
+
+# FP32: a logit's log-probability between the passes, and the gradients of two steps behind it in the backward pass.
+LOG_PROBABILITY_BYTES, LOG_PROBABILITY_WORK_BYTES = 4, 8
 
 
 @dataclass(frozen=True)
@@ -308,11 +321,12 @@ class Activations:
     @cached_property
     def logits(self) -> float:
         """Of a micro-batch, kept for the backward pass; the head and each MTP module have as many."""
-        return self._logit_count * self.library.logit_bytes
+        return self._logit_count * (self.value if self.library.overwrites_logits else LOG_PROBABILITY_BYTES)
 
     @cached_property
     def holes(self) -> float:
-        return self._logit_count * self.library.logit_hole_bytes
+        """Where logits were before their log-probabilities: nothing that follows has their size."""
+        return 0.0 if self.library.overwrites_logits else self._logit_count * self.value
 
     @property
     def _logit_count(self) -> float:
@@ -320,12 +334,15 @@ class Activations:
 
     @cached_property
     def head(self) -> Kept:
-        """The last norm and the head; logits are counted apart."""
-        table = self.model.embedding_weights / self.job.tp * self.value
-        work = self._logit_count * self.library.logit_work_bytes
-        if not self.library.placeholders:
-            work = max(work, self._logit_count * self.value + table)
-        return Kept(self._last_norm, 0.0, work + self.stream * self.value + self._gathered)
+        """The last norm and the head; logits are counted apart, until their gradient waits for the weight's."""
+        gradient = self._logit_count * self.value
+        table = 0.0 if self.library.placeholders else self.model.embedding_weights / self.job.tp * self.value
+        if self.library.overwrites_logits:
+            work = max(min(self._logit_count * 4, self.library.logit_chunk_bytes), table)
+        else:
+            work = max(self._logit_count * LOG_PROBABILITY_WORK_BYTES, gradient + table)
+        pending = gradient + self.stream * self.value
+        return Kept(self._last_norm, pending, work + self.stream * self.value + self._gathered)
 
     @cached_property
     def mtp(self) -> float:

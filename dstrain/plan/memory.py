@@ -19,7 +19,7 @@ from dstrain.plan.activations import DSTRAIN, TORCHTITAN, Activations, Library
 from dstrain.plan.in_flight import Moment, Peaks, alone, peaks
 from dstrain.plan.job import Job
 from dstrain.plan.network import router_key, visited
-from dstrain.plan.stages import Shape, Stages, weights_of
+from dstrain.plan.stages import Shape, Stages, shapes_of, weights_of
 from dstrain.plan.state import State
 from dstrain.plan.traffic import row_bytes
 from dstrain.schedule.pipeline import Layout
@@ -31,9 +31,6 @@ MIB = 2**20
 WORKSPACE_MIB = 32
 # Streams of grouped products, each with its own.
 GROUPED_STREAMS = 4
-# Reserved over allocated memory, less one: the median of 18 runs of Megatron-LM on B200, from 1.03 to 1.07 (SimuMax,
-# docs/b200/b200_release_v1.2_summary.json).
-FRAGMENTATION = 0.05
 # Of a CUDA context with its kernels, and of NCCL for a group of ranks: assumed.
 CONTEXT_GIB = 0.5
 GROUP_GIB = 0.25
@@ -143,7 +140,7 @@ class _Memory:
             logits_gib=logits / GIB,
             buffers_gib=buffers / GIB,
             workspace_gib=workspace / GIB,
-            fragmentation_gib=(holes + allocated * FRAGMENTATION) / GIB if self.is_gpu else 0.0,
+            fragmentation_gib=(holes + allocated * self.library.fragmentation) / GIB if self.is_gpu else 0.0,
             context_gib=self._context_gib,
         )
 
@@ -161,7 +158,7 @@ class _Memory:
         head = shape.is_last * kept.head.live + shape.mtp * kept.mtp
         heads = shape.is_last + shape.mtp
         logits = heads * kept.logits
-        pending = dense * kept.dense.pending + moe * kept.moe.pending
+        pending = dense * kept.dense.pending + moe * kept.moe.pending + heads * kept.head.pending
         # The backward pass begins at the end, with everything there; what it has passed is gone.
         working = [kept.moe.working if moe else kept.dense.working]
         working += [kept.dense.working - moe * kept.moe.live] if dense and moe else []
@@ -288,9 +285,9 @@ def _layout(name: str, ranks: int, chunks: int) -> Layout:
 
 def _shapes(job: Job, hardware: HardwareConfig) -> tuple[Shape, ...]:
     """Only a split that the job leaves open asks how fast the machine is."""
-    if job.num_stages > 1:
-        return Stages(job, hardware).shapes
-    return (Shape(job.model.layers - job.model.moe_layers, job.model.moe_layers, True, True, job.model.mtp),)
+    if job.split or job.num_stages == 1:
+        return shapes_of(job, job.split or (job.model.layers,))
+    return Stages(job, hardware).shapes
 
 
 def _deepep_mib(ranks: int, per_node: int) -> float:

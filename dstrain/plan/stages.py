@@ -3,7 +3,7 @@
 `step_times` is what both forms of a prediction start from: step.py sums it up, simulation.py plays the table with it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from heapq import heapify, heapreplace
@@ -232,23 +232,7 @@ class Stages:
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
         """Of every stage, in the order of the model."""
-        sizes = self.job.split or self._planned()
-        cuts, last, dense = [0, *accumulate(sizes)], len(sizes) - 1, self.model.dense_layers
-        mtp = self._mtp_stage(len(sizes))
-        return tuple(
-            Shape(
-                max(0, min(stop, dense) - start),
-                stop - max(start, min(stop, dense)),
-                n == 0,
-                n == last,
-                self.model.mtp if n == mtp else 0,
-            )
-            for n, (start, stop) in enumerate(pairwise(cuts))
-        )
-
-    def _mtp_stage(self, stages: int) -> int:
-        """dstrain has MTP modules with the head; others give them a stage of their own where there are many."""
-        return stages - 2 if self.job.free_split and stages > 2 else stages - 1
+        return shapes_of(self.job, self.job.split or self._planned())
 
     def _planned(self) -> list[int]:
         """Layers of each stage, so that none takes much longer than the others: embedding and head count as the layers
@@ -258,7 +242,7 @@ class Stages:
         extra = [0.0] * stages
         extra[0] += sum(self.layers.embedding) / one
         extra[-1] += sum(self.layers.head) / one
-        extra[self._mtp_stage(stages)] += self.model.mtp * (sum(self.layers.mtp) + one) / one
+        extra[_mtp_stage(self.job, stages)] += self.model.mtp * (sum(self.layers.mtp) + one) / one
         # Every stage gets one before any gets two, unless a stage may do without.
         waiting = [(each if self.job.free_split else -1.0, -n) for n, each in enumerate(extra)]
         heapify(waiting)
@@ -310,6 +294,27 @@ class Stages:
         num_bytes = self.layers.kernels.spread_tokens * self.model.hidden * (4 if job.products == "float32" else 2)
         stride = job.gpus // job.pp
         return self.network.send_s(num_bytes, stride >= self.hardware.devices_per_node) * 1e3
+
+
+def shapes_of(job: Job, sizes: Sequence[int]) -> tuple[Shape, ...]:
+    """Of stages with so many layers each, whatever machine they are on."""
+    cuts, last, dense = [0, *accumulate(sizes)], len(sizes) - 1, job.model.dense_layers
+    mtp = _mtp_stage(job, len(sizes))
+    return tuple(
+        Shape(
+            max(0, min(stop, dense) - start),
+            stop - max(start, min(stop, dense)),
+            n == 0,
+            n == last,
+            job.model.mtp if n == mtp else 0,
+        )
+        for n, (start, stop) in enumerate(pairwise(cuts))
+    )
+
+
+def _mtp_stage(job: Job, stages: int) -> int:
+    """dstrain has MTP modules with the head; others give them a stage of their own where there are many."""
+    return stages - 2 if job.free_split and stages > 2 else stages - 1
 
 
 def step_times(job: Job, hardware: HardwareConfig) -> StepTimes:

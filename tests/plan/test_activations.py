@@ -1,6 +1,7 @@
 """What layers are said to keep is what autograd keeps."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from dstrain.config.schema import Config, MtpConfig
 from dstrain.mesh.axes import Mesh
 from dstrain.mesh.groups import Place, connect
+from dstrain.model.cross_entropy import CHUNK_BYTES
 from dstrain.parallel.apply import build_model
 from dstrain.plan.activations import DSTRAIN, Activations
 from dstrain.plan.job import job_of
@@ -74,3 +76,21 @@ def test_layers_keep_what_autograd_keeps(products: str, recompute: tuple[str, ..
     model = kept.model
     predicted = model.dense_layers * kept.dense.live + model.moe_layers * kept.moe.live + kept.head.live + kept.logits
     assert predicted == pytest.approx(kept_bytes(config), rel=0.04)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_logits_are_kept_once(dtype: str, depth: int) -> None:
+    """Of the head and of each MTP module, in the dtype they are computed in: what a larger vocabulary adds."""
+    kept, predicted = [], []
+    for vocab in (64, 2048):
+        base = activation_config("compute", ("layer",))
+        model = replace(base.model, vocab_size=vocab, num_layers=1, mtp=MtpConfig(depth=depth))
+        config = replace(base, model=model, precision=replace(base.precision, compute_dtype=dtype))
+        kept.append(kept_bytes(config))
+        predicted.append((1 + depth) * Activations(job_of(config), DSTRAIN, composed=True).logits)
+    assert kept[1] - kept[0] == pytest.approx(predicted[1] - predicted[0], rel=0.01)
+
+
+def test_chunks_of_logits_are_those_of_cross_entropy() -> None:
+    assert DSTRAIN.logit_chunk_bytes == CHUNK_BYTES

@@ -9,7 +9,8 @@ import pytest
 
 from dstrain.config.hardware import HardwareConfig
 from dstrain.config.schema import Config, MeshConfig
-from dstrain.plan.activations import MEGATRON, TORCHTITAN, Library
+from dstrain.errors import ConfigError
+from dstrain.plan.activations import DSTRAIN, MEGATRON, TORCHTITAN, Library
 from dstrain.plan.job import Job, job_of
 from dstrain.plan.memory import GIB, RankMemory, rank_memory
 from dstrain.plan.published import job_of_row, machine_of, read
@@ -85,6 +86,24 @@ def test_parts_add_up() -> None:
 def test_a_cpu_has_no_libraries_of_a_gpu() -> None:
     (rank,) = rank_memory(job_of(config_of(MeshConfig(1, 1, 1))), HardwareConfig())
     assert rank.workspace_gib == rank.fragmentation_gib == rank.context_gib == 0
+
+
+def test_a_split_that_is_given_asks_for_no_speeds() -> None:
+    """Of a CPU that nobody has calibrated; the same job without a split has to know it."""
+    job = replace(job_of(config_of(MeshConfig(pp=2, ep=1, dp=1))), split=(2, 3))
+    assert len(rank_memory(job, HardwareConfig())) == 2
+    with pytest.raises(ConfigError, match="hardware.peak_bf16_tflops"):
+        rank_memory(replace(job, split=()), HardwareConfig())
+
+
+def test_what_the_allocator_loses_is_a_share_of_what_it_has_given() -> None:
+    """Smaller where segments may grow, and beside the holes that logits leave where they are copied to FP32."""
+    for library in (DSTRAIN, MEGATRON, TORCHTITAN):
+        inner, last = rank_memory(v3(), GPU, library)[-2:]
+        assert inner.fragmentation_gib == pytest.approx(library.fragmentation * inner.allocated_gib)
+        hole = 2 * 4096 * 129280 / GIB if library is TORCHTITAN else 0.0
+        assert last.fragmentation_gib - hole == pytest.approx(library.fragmentation * last.allocated_gib)
+    assert DSTRAIN.fragmentation < MEGATRON.fragmentation
 
 
 # -- published runs ---------------------------------------------------------------------------------------------------
