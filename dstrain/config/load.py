@@ -33,7 +33,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from dstrain.config import bench, check, commands, plan
-from dstrain.config.directory import conf_dir
+from dstrain.config.directory import choices, conf_dir
 from dstrain.config.keys import Key, is_node, keys, nearest, sections
 from dstrain.config.schema import Config
 from dstrain.errors import ConfigError, UserError
@@ -75,7 +75,7 @@ def run(command: str, arguments: Sequence[str], task: Callable[[Any], None]) -> 
     schema, arguments = SCHEMAS[command], _prepare(SCHEMAS[command], arguments)
     saved = _saved_base(command, arguments)
     arguments = _onto_saved(arguments) if saved else arguments
-    _register(command, saved)
+    _register(command, saved, arguments)
 
     @hydra.main(version_base=_VERSION_BASE, config_path=str(conf_dir()), config_name="resume" if saved else command)
     def job(composed: DictConfig) -> None:
@@ -92,7 +92,7 @@ def compose(command: str, overrides: Sequence[str] = (), *, world_size: int = 1)
     schema, prepared = SCHEMAS[command], _prepare(SCHEMAS[command], overrides)
     saved = _saved_base(command, prepared)
     prepared = _onto_saved(prepared) if saved else prepared
-    _register(command, saved)
+    _register(command, saved, prepared)
     with _explained(schema, prepared), hydra.initialize_config_dir(str(conf_dir()), version_base=_VERSION_BASE):
         composed = hydra.compose("resume" if saved else command, overrides=prepared)
         return _checked(command, _build(schema, composed), world_size)
@@ -217,13 +217,14 @@ def conf_groups() -> list[str]:
     return [entry.name for entry in fields(Config) if (conf_dir() / entry.name).is_dir()]
 
 
-def _register(command: str, saved: Config | None) -> None:
+def _register(command: str, saved: Config | None, arguments: Sequence[str]) -> None:
     """Makes the schema, the saved config and the help text known to Hydra, under the names that conf/ lists."""
     store, schema = ConfigStore.instance(), SCHEMAS[command]
     store.store(name=f"{command}_schema", node=_typed(schema))
     if saved:
         store.store(name="saved_run", node=_typed(saved))
-    store.store(group="hydra/help", name="dstrain", node={"app_name": "dstrain", "template": _help(command, schema)})
+    node = {"app_name": "dstrain", "template": _help(command, schema, arguments)}
+    store.store(group="hydra/help", name="dstrain", node=node)
 
 
 def _typed(schema: Any) -> DictConfig:
@@ -350,8 +351,8 @@ def _explain_choice(error: Exception, schema: type, arguments: Sequence[str]) ->
     return _unknown(name, value, schema)
 
 
-def _help(command: str, schema: type) -> str:
-    """The text of `dstrain <command> --help`; Hydra fills in the groups of the commands that have them."""
+def _help(command: str, schema: type, arguments: Sequence[str]) -> str:
+    """The text of `dstrain <command> --help`; groups are those of the commands that have them."""
     about, listed = sections(schema), defaultdict[str, list[str]](list)
     for key in keys(schema).values():
         section, _, last = key.name.rpartition(".")
@@ -361,9 +362,9 @@ def _help(command: str, schema: type) -> str:
     text = "\n\n".join(heads[name] + "\n".join(lines) for name, lines in listed.items())
     composed = issubclass(schema, (Config, bench.FabricRoot))
     usage, groups = (" [group=choice ...]", _GROUPS[issubclass(schema, Config)]) if composed else ("", "")
-    return _HELP.format(
-        command=_spoken(command), usage=usage, groups=groups, keys=re.sub(r"\bNone\b", "null", text).replace("$", "$$")
-    )
+    filled = re.sub(r"\bNone\b", "null", text).replace("$", "$$")
+    groups = groups.format(choices=choices(arguments))
+    return _HELP.format(command=_spoken(command), usage=usage, groups=groups, keys=filled)
 
 
 def _spoken(command: str) -> str:
@@ -373,7 +374,7 @@ def _spoken(command: str) -> str:
 
 # Whether a model is trained.
 _GROUPS = {
-    True: "Groups (+experiment=... adds a complete recipe, the others have a default):\n\n$APP_CONFIG_GROUPS\n",
+    True: "Groups (+experiment=... adds a complete recipe, the others have a default):\n\n{choices}\n\n",
     False: "Groups: suite=quick (the default), standing, bytes or release sets many keys at once.\n\n",
 }
 
