@@ -27,7 +27,7 @@ class Prediction:
     step_s: float
     # Kernels, with what is computed again, and tensor-parallel transfers that nothing hides.
     compute_s: float
-    # Waiting for other stages.
+    # Waiting for other stages, and for the slowest of all devices.
     bubble_s: float
     # All-to-alls that no compute hides.
     exposed_s: float
@@ -148,9 +148,11 @@ class Closed:
         pair = forward + into + weight - alone_f - alone_b + sum(e.paired for e in each) / len(each)
         sends_ms = 2 * (stages - 1) * self.stages.send_ms
         filled = job.overlap and self.stages.spreads
+        # Of a stage in one stretch, the gradient leaves before weight gradients that are put off.
+        late = 0.0 if job.splits_weights and not self.stages.spreads else weight
         bubbles = {
-            "1f1b": (p - 1) * (forward + into + weight),
-            "interleaved": (p - 1) * (forward + into + weight),
+            "1f1b": (p - 1) * (forward + into + late),
+            "interleaved": (p - 1) * (forward + into + late),
             # Weight gradients that fill transfers of the last stages can't fill the gaps of the first ones.
             "zb_1p": (p - 1) * max(0.0, forward + into - (0.0 if filled else weight)),
             "zb_v": (p - 1) * max(0.0, forward + into - 2 * weight),
@@ -205,18 +207,14 @@ def prediction(
     """The figures that follow from the times of a step."""
     reduce_ms, update_ms = ends_ms
     slowest = slowdown(hardware.device_spread, job.gpus)
-    step_ms, compute_ms, bubble_ms = (
-        step_ms + (slowest - 1) * compute_ms,
-        compute_ms,
-        bubble_ms + (slowest - 1) * compute_ms,
-    )
+    waits_ms = (slowest - 1) * compute_ms
     tokens = job.sequences * job.seq_len / job.gpus
-    step_s = step_ms / 1e3
+    step_s = (step_ms + waits_ms) / 1e3
     peak = hardware.peak_bf16_tflops * 1e12
     return Prediction(
         step_s=step_s,
         compute_s=compute_ms / 1e3,
-        bubble_s=bubble_ms / 1e3,
+        bubble_s=(bubble_ms + waits_ms) / 1e3,
         exposed_s=exposed_ms / 1e3,
         reduce_s=reduce_ms / 1e3,
         update_s=update_ms / 1e3,
@@ -232,5 +230,5 @@ def slowdown(spread: float, devices: int) -> float:
 
 
 def predict(job: Job, hardware: HardwareConfig) -> Prediction:
-    """The closed form."""
+    """The closed form. Raises ConfigError for a machine that does not say what the job depends on."""
     return Closed(job, hardware).predict()

@@ -7,7 +7,7 @@ import pytest
 
 from dstrain.config.hardware import HardwareConfig
 from dstrain.plan.architecture import Architecture
-from dstrain.plan.device import Device
+from dstrain.plan.device import STREAMING, Device
 from dstrain.plan.job import Job
 from dstrain.plan.layer import Kernels, Work, added
 
@@ -167,7 +167,7 @@ def test_what_accumulating_gradients_adds():
     """Of more than one micro-batch, sums in FP32 are read and written: 4 bytes a weight more in every one of them."""
     job = Job(GQA, 1, 2048, 1, dispatcher="local")
     once, often = (Kernels(replace(job, sequences=n), MACHINE).dense.weight["gemm"] for n in (1, 2))
-    assert often - once == pytest.approx(4 * 3 * 1024 * 4096 / (1000e9 * MACHINE.memory_efficiency))
+    assert often - once == pytest.approx(4 * 3 * 1024 * 4096 / (1000e9 * STREAMING))
 
 
 def test_launches():
