@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
 
@@ -25,7 +26,7 @@ def choices(arguments: Sequence[str]) -> str:
 
 
 def _own(arguments: Sequence[str]) -> Iterator[Path]:
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in pairwise([*arguments, ""]):
         if word in ("--config-dir", "-cd"):
             yield Path(following)
         elif word.startswith("--config-dir="):
