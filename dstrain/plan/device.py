@@ -43,9 +43,10 @@ class Device:
         found = self._cache.get(key)
         if found is None:
             flops_s = 2.0 * m * n * k * groups / (self.speed(products) * self._filled(m, n, groups))
-            # Operands come while tiles are multiplied: few rows wait for the weights.
-            in_s = groups * (m + n) * k * (1 if products in NARROW else 2) / self.streaming_speed
-            out_s = groups * m * n * out_bytes / self.streaming_speed
+            # Operands come while tiles are multiplied: few rows wait for the weights. A CPU's rate has all that in it.
+            in_bytes = groups * (m + n) * k * (1 if products in NARROW else 2)
+            in_s = in_bytes / self.streaming_speed if self.hardware.multiprocessors else 0.0
+            out_s = groups * m * n * out_bytes / self.streaming_speed if self.hardware.multiprocessors else 0.0
             found = self._cache[key] = max(flops_s, in_s) + out_s + self.hardware.kernel_us * 1e-6
         return found
 
@@ -66,9 +67,7 @@ class Device:
 
     @property
     def streaming_speed(self) -> float:
-        """Bytes a second of operands and results of products; a CPU's file says what both kinds of kernels reach."""
-        if not self.hardware.multiprocessors:
-            return self.memory_speed
+        """Bytes a second of operands and results of products."""
         return self.hardware.memory_gbytes_per_s * 1e9 * STREAMING
 
     @property

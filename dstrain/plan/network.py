@@ -76,7 +76,9 @@ class Network:
         if group.size == 1:
             return 0.0
         machine = self.hardware
-        inside_s = inside / (machine.intra_node_gbytes_per_s * machine.intra_node_alltoall_efficiency * 1e9)
+        speed = machine.intra_node_gbytes_per_s * machine.intra_node_alltoall_efficiency * 1e9
+        # Where every rank is a node of its own, there are no links inside.
+        inside_s = inside / speed if inside else 0.0
         if group.nodes == 1:
             return inside_s + self._latency_s(group)
         across_s = across / (machine.inter_node_gbytes_per_s * machine.inter_node_alltoall_efficiency * 1e9)

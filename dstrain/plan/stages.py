@@ -99,7 +99,10 @@ class Layers:
             launched = [awaited, awaited]
         # A CPU launches and computes by turns.
         beside = (forward, into + weight) if self.hardware.multiprocessors else (0.0, 0.0)
-        waits = max(awaited, launched[0] - beside[0]), max(0.0, launched[1] - beside[1])
+        # Its cores also carry what travels, whatever runs beside.
+        share, sent = self.hardware.transfer_host_share, work.exchanges
+        carried = share * (sent.out_s + sent.home_s)
+        waits = carried + max(awaited, launched[0] - beside[0]), carried + max(0.0, launched[1] - beside[1])
         gathers = self._gathers(weights, forward, into + weight)
         held = self._held_up(work, weights, forward + into + weight)
         ahead = (held + (waits[0] + gathers[0]) / forward) * 1e3
@@ -108,8 +111,8 @@ class Layers:
         kinds["host"] += sum(waits)
         kinds["sharded weights"] += sum(gathers)
         attend, shared, experts = ((f * ahead, i * back, w * back) for f, i, w in phases)
-        sent = work.exchanges
-        return Layer(attend, shared, experts, sent.out_s * 1e3, sent.home_s * 1e3, _in_ms(kinds))
+        out_ms, home_ms = ((1 - share) * seconds * 1e3 for seconds in (sent.out_s, sent.home_s))
+        return Layer(attend, shared, experts, out_ms, home_ms, _in_ms(kinds))
 
     def _held_up(self, work: LayerWork, weights: float, compute_s: float) -> float:
         """How much longer compute takes because kernels of transfers that run beside it hold multiprocessors."""
