@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ SCHEDULES = {
     "zb1p": "zb_1p",
     "zbv": "zb_v",
 }
+# Of those, schedules of pairs, and such that put weight gradients off.
+PAIRED = ("dualpipe", "dualpipev")
+SPLIT = (*PAIRED, "zb1p", "zbv")
+# A limit is in nodes of so many that the experts lie on.
+LIMITED_NODES = 8
 DISPATCHERS = {
     "a2a": "alltoall",
     "alltoall": "alltoall",
@@ -242,6 +248,7 @@ def job_of_row(row: Row) -> Job:
     config = row.config
     software = next((found for part, found in SOFTWARE.items() if part in row.source), Software())
     chunks = config.get("vp", 1)
+    in_pairs = config.get("ep_overlap") == "pair" or config.get("sched") in PAIRED or row.metric == "pair_ms"
     job = Job(
         model=_limited(row.model, config.get("node_limit"), row),
         gpus=row.n_gpu,
@@ -251,13 +258,12 @@ def job_of_row(row: Row) -> Job:
         **{axis: config.get(axis, 1) for axis in ("tp", "cp", "pp", "ep", "etp")},
         pipeline=_word(row, "sched", SCHEDULES, "interleaved" if chunks > 1 else "1f1b"),
         chunks=chunks,
-        split=tuple(config.get("split", ())) or _even_split(row, config.get("pp", 1) * chunks, software),
         free_split=True,
         update_bytes=software.update_bytes,
         # Grouped products of MXFP8 find the numbers of rows on the device (cuBLAS, since Blackwell).
         launch_per_expert=software.launch_per_expert and config["prec"] != "mxfp8",
-        overlap=config.get("ep_overlap") == "pair" or config.get("sched") == "dualpipe" or row.metric == "pair_ms",
-        splits_weights=row.metric == "pair_ms" or "ep_overlap" in config or config.get("sched") in ("dualpipe", "zb1p"),
+        overlap=in_pairs,
+        splits_weights=in_pairs or "ep_overlap" in config or config.get("sched") in SPLIT,
         in_flight=2 if row.metric == "pair_ms" else 1,
         products=_word(row, "prec", PRODUCTS, "bf16"),
         dispatcher=_word(row, "dispatcher", DISPATCHERS, "deepep"),
@@ -278,12 +284,19 @@ def job_of_row(row: Row) -> Job:
         slow_attention=config.get("attn_mult", 1.0),
     )
     _check(row, job)
-    return job
+    return replace(job, split=_split(row, job.num_stages, software))
 
 
-def _even_split(row: Row, stages: int, software: Software) -> tuple[int, ...]:
+def _split(row: Row, stages: int, software: Software) -> tuple[int, ...]:
     """As many layers on every stage, where that is possible: what all frameworks do unless they are told otherwise."""
-    each, rest = divmod(row.model.layers, stages)
+    asked, layers = row.config.get("split"), row.model.layers
+    if asked:
+        whole = isinstance(asked, list) and all(type(each) is int and each >= 0 for each in asked)
+        if not whole or len(asked) != stages or sum(asked) != layers:
+            rule = f"split={asked!r} must be {stages} whole numbers that add up to {layers}, the layers of each stage"
+            raise UserError(f"Row {row.id}: {rule}. Correct the row.")
+        return tuple(asked)
+    each, rest = divmod(layers, stages)
     if rest and not software.spreads_rest:
         return ()
     return (each + 1,) * rest + (each,) * (stages - rest)
@@ -304,10 +317,18 @@ def _recompute(row: Row) -> Iterator[str]:
 
 
 def _limited(model: Architecture, nodes: int | None, row: Row) -> Architecture:
-    """DeepSeek's own runs of V3 route to 4 of 8 nodes; others say so, or route freely."""
+    """DeepSeek's own runs of V3 route to 4 of 8 nodes; others say so, or route freely. Raises UserError for a limit
+    that leaves a token too few experts."""
     if nodes is None and "deepseek" in row.group and model.experts == 256:
         nodes = 4
-    return replace(model, groups=8, groups_per_token=nodes) if nodes and model.experts % 8 == 0 else model
+    if not nodes or not model.experts or model.experts % LIMITED_NODES:
+        return model
+    topk = model.experts_per_token
+    least = ceil(topk * LIMITED_NODES / model.experts)
+    if not least <= nodes <= LIMITED_NODES:
+        rule = f"node_limit={nodes} must be at most {LIMITED_NODES}, and at least {least} for topk={topk}"
+        raise UserError(f"Row {row.id}: {rule}. Correct the row.")
+    return replace(model, groups=LIMITED_NODES, groups_per_token=nodes)
 
 
 def _check(row: Row, job: Job) -> None:
@@ -324,6 +345,6 @@ def _check(row: Row, job: Job) -> None:
             raise UserError(f"Row {row.id}: {key}={value} must be a multiple of {name}={divisor}. Correct the row.")
     # The embedding and the head may have stages of their own.
     most = job.model.layers + 2
-    if job.pp * job.chunks > most:
+    if job.num_stages > most:
         rule = f"pp * vp = {job.pp} * {job.chunks} stages are more than the {job.model.layers} layers fill"
         raise UserError(f"Row {row.id}: {rule}. Lower pp or vp.")

@@ -72,9 +72,9 @@ def _check_config(where: str, config: Any, *, is_step: bool) -> None:
     for key in (*WHOLE, *NUMBERS):
         if config.get(key) is not None:
             _above_zero(where, key, config[key], whole=key in WHOLE)
-    if config.get("zero", 1) not in ZERO_STAGES:
+    if config.get("zero") is not None and config["zero"] not in ZERO_STAGES:
         raise UserError(f"{where}: zero={config['zero']!r} is no stage of ZeRO. Use one of 0, 1, 2, 3 (3: FSDP).")
-    share = config.get("tp_overlap", 0)
+    share = config.get("tp_overlap") or 0
     if not _is_number(share) or not 0 <= share <= 1:
         raise UserError(f"{where}: tp_overlap={share!r} must be a share. Set it between 0 and 1.")
 
