@@ -21,11 +21,13 @@ test: .venv/.dev ## Run all tests
 	$(BIN)/pytest -n 2 --dist loadfile $(BESIDE)
 	$(BIN)/pytest $(addprefix --ignore=,$(BESIDE))
 
-check: .venv/.dev ## Lint, formatting, types, the rules of the tree, and what kernels take of every GPU
+check: .venv/.dev ## Lint, formatting, types, the rules of the tree, written tables, and what kernels take of every GPU
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/rules
+	$(BIN)/python scripts/list_hardware.py --check
+	$(BIN)/python scripts/draw_leaderboard.py --check
 	$(BIN)/python scripts/compile_kernels.py --check
 
 bench: .venv/.dev ## Run every benchmark
