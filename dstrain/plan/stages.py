@@ -10,7 +10,7 @@ from heapq import heapify, heapreplace
 from itertools import accumulate, pairwise
 
 from dstrain.config.hardware import HardwareConfig
-from dstrain.errors import ConfigError
+from dstrain.config.machine import check_predictable
 from dstrain.plan.architecture import Architecture
 from dstrain.plan.job import Job
 from dstrain.plan.layer import Kernels, Kinds, LayerWork, Work, added
@@ -184,10 +184,10 @@ def _alike(job: Job) -> Job:
 
 
 class Stages:
-    """The stages of a job on a machine."""
+    """The stages of a job on a machine. Raises ConfigError for a machine that does not say what the job depends on."""
 
     def __init__(self, job: Job, hardware: HardwareConfig):
-        check_known(job, hardware)
+        check_predictable(hardware, job.gpus)
         self.job, self.hardware, self.model = job, hardware, job.model
         self.layers, self.network = _layers(_alike(job), hardware), Network(hardware)
         # Whether tokens travel: otherwise a stage is one stretch.
@@ -321,7 +321,7 @@ def _mtp_stage(job: Job, stages: int) -> int:
 
 
 def step_times(job: Job, hardware: HardwareConfig) -> StepTimes:
-    """What the stages of a job take, and what its steps end with."""
+    """What the stages of a job take, and what its steps end with. Raises ConfigError as `Stages` does."""
     stages = Stages(job, hardware)
     by_shape = {shape: stages.costs(shape) for shape in set(stages.shapes)}
     placed = layout(job.pipeline, job.pp, job.chunks) if job.pp > 1 else None
@@ -329,19 +329,6 @@ def step_times(job: Job, hardware: HardwareConfig) -> StepTimes:
     ranks = [stages.reduction([stages.shapes[n] for n in own], placed.copies if placed else 1) for own in held]
     exposed_ms = stages.send_ms if job.blocking_sends else 0.0
     return StepTimes(tuple(by_shape[shape] for shape in stages.shapes), stages.send_ms, exposed_ms, tuple(ranks))
-
-
-def check_known(job: Job, hardware: HardwareConfig) -> None:
-    """Raises ConfigError for a machine that does not say what the job depends on."""
-    needed = ["peak_bf16_tflops", "memory_gbytes_per_s"]
-    if job.gpus > 1 and hardware.devices_per_node > 1:
-        needed.append("intra_node_gbytes_per_s")
-    if job.gpus > hardware.devices_per_node:
-        needed.append("inter_node_gbytes_per_s")
-    for name in needed:
-        if not getattr(hardware, name):
-            cure = "Name a machine (hardware=h100_sxm), or measure yours with `dstrain calibrate`"
-            raise ConfigError(f"hardware.{name}", 0, "a plan needs to know it", cure)
 
 
 def _data_group(job: Job, hardware: HardwareConfig) -> Group:

@@ -168,6 +168,22 @@ def test_sharded_weights_that_compute_does_not_hide():
     assert into + weight == pytest.approx(gather_ms + reduce_ms, rel=0.01)
 
 
+def test_cores_of_a_cpu_carry_what_travels():
+    """A share of each transfer is work of the cores, whatever runs beside it; the rest can be hidden. Launches and
+    compute take turns."""
+    cpu = replace(MACHINE, multiprocessors=0, host_us=10.0)
+    alone, shared = Layers(JOB, cpu), Layers(JOB, replace(cpu, transfer_host_share=0.25))
+    work = alone.kernels.moe_layer
+    forward, into, weight = alone.moe.passes
+    seconds = [sum(each) for each in zip(*(p.seconds for p in (work.attend, work.shared, work.experts)), strict=True)]
+    assert forward == pytest.approx(seconds[0] * 1e3 + work.launches[0] * 0.01)
+    assert into + weight == pytest.approx((seconds[1] + seconds[2]) * 1e3 + work.launches[1] * 0.01)
+    sent_ms = alone.moe.out_ms + alone.moe.home_ms
+    assert shared.moe.passes[0] - forward == pytest.approx(0.25 * sent_ms)
+    assert sum(shared.moe.passes[1:]) - into - weight == pytest.approx(0.25 * sent_ms)
+    assert shared.moe.out_ms + shared.moe.home_ms == pytest.approx(0.75 * sent_ms)
+
+
 # -- stages -----------------------------------------------------------------------------------------------------------
 
 
