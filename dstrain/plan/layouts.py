@@ -102,7 +102,14 @@ class Run:
         yield {}
         for products, (_, wire) in PRECISIONS.items() if "precision" in self.vary else ():
             if products != job.products and (products == "bf16" or self.hardware.peak_fp8_tflops):
-                yield {"products": products, "wire": wire, "gather_bytes": 2, "master_bytes": 4, "moment_bytes": 2}
+                gathered = 1 if products == "fp8_block" else 2
+                yield {
+                    "products": products,
+                    "wire": wire,
+                    "gather_bytes": gathered,
+                    "master_bytes": 4,
+                    "moment_bytes": 2,
+                }
 
     def _transports(self, spread: Job) -> Iterator[str]:
         if spread.ep == 1:

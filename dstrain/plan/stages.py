@@ -141,14 +141,10 @@ class Layers:
             return work
         again = {kind: forward[kind] for name in names for kind in AGAIN.get(name, ()) if kind in forward}
         is_attention = "attention" in forward
-        whole = (
-            ("layer", "attend")
-            if is_attention
-            else ("layer", "moe", "experts")
-            if "permute" in forward
-            else ("layer", "moe")
-        )
-        if names & set(whole):
+        whole = {"layer", "attend"} if is_attention else {"layer", "moe"}
+        if "permute" in forward:
+            whole.add("experts")
+        if names & whole:
             again = dict(forward)
         elif "sac" in names:
             again = {kind: seconds * SAC.get(kind, 1.0) for kind, seconds in forward.items()}
