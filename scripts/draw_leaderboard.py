@@ -30,9 +30,10 @@ HEAD = """\
 
 Written by `python scripts/draw_leaderboard.py` out of the rows in `dstrain/plan/data/published_runs.json`, which others
 have measured and published; `dstrain plan validate` prints the same figures, and takes files of your own. Constants of
-the machines ([hardware.md](hardware.md)) come from data sheets and benchmarks of single kernels and links; **none is
-fitted to these rows**. But the speeds of single kernels in the H800's file come from DeepSeek's training trace: in
-`deepseek-trace` only how they overlap is predicted.
+the machines ([hardware.md](hardware.md)) come from data sheets, benchmarks of single kernels and links, and DeepSeek's
+training trace, or are assumed; **none is fitted to these rows**, but what other software hides, repeats and launches
+was modelled with them in sight: expect somewhat more on runs that nobody has looked at. In `deepseek-trace`, speeds of
+single kernels come from the trace itself, and only how they overlap is predicted.
 
 An error is 100 * (predicted - measured) / measured in the row's own metric. Median, 90th percentile and maximum are of
 its size; the bias is the mean with its sign, of times: below 0, dstrain is optimistic.
