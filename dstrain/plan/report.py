@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from dstrain.config.hardware import Evidence, HardwareConfig
 from dstrain.hardware import interval
+from dstrain.plan.device import NARROW
 from dstrain.plan.job import Job
 from dstrain.plan.step import Prediction, predict
 
@@ -51,7 +52,7 @@ class Verdict:
 class Report:
     """Everything on the page."""
 
-    # "671.0B parameters on 2,048 x h800_sxm"
+    # "671.03B parameters on 2,048 x h800_sxm"
     title: str
     # Model, layout, batch and machine: a name and a text each.
     about: dict[str, str]
@@ -102,7 +103,7 @@ def make(
     gpu_hours = hours.through(lambda time: time * job.gpus)
     batch = job.sequences * job.seq_len
     return Report(
-        title=f"{job.model.total / 1e9:,.1f}B parameters on {job.gpus:,} x {hardware.name}",
+        title=f"{counted(job.model.total)} parameters on {job.gpus:,} x {hardware.name}",
         about=dict(_about(job, hardware)),
         gpus=job.gpus,
         step_s=step_s,
@@ -118,7 +119,7 @@ def make(
         hours=hours,
         gpu_hours=gpu_hours,
         cost=gpu_hours.through(lambda time: time * hardware.price_per_hour) if hardware.price_per_hour else None,
-        assumptions=tuple(_assumptions(job)),
+        assumptions=tuple(_assumptions(job, hardware)),
         evidence=hardware.evidence,
     )
 
@@ -156,12 +157,17 @@ def _about(job: Job, hardware: HardwareConfig) -> Iterator[tuple[str, str]]:
     yield "machine", f"{job.gpus:,} x {hardware.name}, {hardware.devices_per_node} to a node, {links}"
 
 
+def counted(parameters: float) -> str:
+    """671.03B, or 9.07M."""
+    return f"{parameters / 1e9:,.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:,.2f}M"
+
+
 def model_text(job: Job) -> str:
     model = job.model
     used = model.total - model.moe_layers * (model.experts - model.experts_per_token) * model.expert_weights
-    text = f"{model.total / 1e9:,.2f}B parameters in {model.layers} layers"
+    text = f"{counted(model.total)} parameters in {model.layers} layers"
     if model.experts:
-        text += f", {used / 1e9:,.2f}B used by a token: {model.experts_per_token} of {model.experts} experts"
+        text += f", {counted(used)} used by a token: {model.experts_per_token} of {model.experts} experts"
     return text + (f", {model.mtp} MTP" if model.mtp else "")
 
 
@@ -178,7 +184,9 @@ def layout_text(job: Job) -> str:
     return ", ".join(parts)
 
 
-def _assumptions(job: Job) -> Iterator[str]:
+def _assumptions(job: Job, hardware: HardwareConfig) -> Iterator[str]:
+    if job.products in NARROW and not hardware.peak_fp8_tflops:
+        yield f"{hardware.name} has no FP8 units: FP8 operands are multiplied in BF16, which saves memory and no time."
     if job.ep > 1:
         yield (
             "Balanced routing: all experts get equally many tokens."

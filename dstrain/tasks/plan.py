@@ -1,5 +1,6 @@
 """`dstrain plan`: memory, step time and cost of a training run on one page, predicted without a GPU or torch."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from rich.table import Table
 from dstrain.config.plan import PlanRoot, changes, fitted
 from dstrain.config.schema import Config
 from dstrain.engine.recipe import steps_by_batch
+from dstrain.errors import UserError
 from dstrain.plan import report
 from dstrain.plan.cures import cures
 from dstrain.plan.job import job_of
@@ -18,8 +20,8 @@ from dstrain.plan.memory import rank_memory
 from dstrain.plan.report import Range, RankUse, Report
 from dstrain.plan.simulation import Simulation, simulate
 
-# A pipe has no width of its own.
-PIPE_WIDTH = 120
+# What the tables need; squeezed into less, they would cut figures off.
+PAGE_WIDTH = 120
 # Kinds of kernels below this share of the step are summed up.
 LEAST_SHARE = 0.005
 WRAP = 120
@@ -36,8 +38,12 @@ def run(config: PlanRoot) -> None:
 
 
 def open_console() -> Console:
-    """Width of the terminal, or of a page where nobody looks."""
-    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    """As wide as the terminal, and at least as a page. Raises UserError under torchrun: one process plays all ranks."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("dstrain plan plays all ranks itself: run it as one process, without torchrun.")
+    console = Console(width=None if sys.stdout.isatty() else PAGE_WIDTH, highlight=False)
+    console.width = max(console.width, PAGE_WIDTH)
+    return console
 
 
 def prepare(config: Config) -> Config:

@@ -56,7 +56,7 @@ def summary_table(summaries: Sequence[Summary]) -> Table:
     """Of the sizes of errors; the bias is signed, above 0 where too much time (or memory) is predicted."""
     table = Table(box=None, pad_edge=False)
     table.add_column("errors, %", no_wrap=True)
-    for name in ("rows", "median", "p90", "maximum", "bias"):
+    for name in ("rows", "median", "p90", "maximum", "bias of time"):
         table.add_column(name, justify="right", no_wrap=True)
     for each in summaries:
         figures = (f"{value:.1f}" for value in (each.median, each.p90, each.maximum))

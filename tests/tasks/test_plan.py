@@ -17,7 +17,7 @@ def test_one_page(plan):
     status, out, err = plan("+experiment=h100_4x8", "hardware.nodes=4", "model.vocab_size=102400")
     assert (status, err) == (0, "")
     lines = out.splitlines()
-    assert lines[0] == "15.7B parameters on 32 x h100_sxm"
+    assert lines[0] == "15.71B parameters on 32 x h100_sxm"
     assert len(lines) < 60
     for begins in (r"A step takes [\d.]+ \([\d.]+-[\d.]+\) s, ", r"compute ", r"a rank +\d", r"Fits: a device needs "):
         assert any(re.match(begins, line) for line in lines), begins
