@@ -14,7 +14,7 @@ uneven, up to a percent too long). A framework that doesn't put weight gradients
 is described by costs that have them in BACKWARD, and 0 in WEIGHT.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import cycle, islice, pairwise
@@ -327,11 +327,12 @@ def _ended(
     """`live`, `pending`: by rank, as in schedule.figures."""
     # A bucket is about a layer.
     buckets = max(1, job.model.layers // len(times.stages))
+    carried = _carried if times.shares_links else _nothing
     ranks = []
     for own, reduction, *peaks in zip(runs, times.ranks, live, pending, strict=True):
         compute_ms = sum(run.inside.compute_ms for run in own)
         exposed_ms = sum(run.inside.exposed_ms for run in own)
-        reduced_ms = _reduced(own, reduction.reduce_ms, buckets, under_compute=job.overlap_dp)
+        reduced_ms = _reduced(own, reduction.reduce_ms, buckets, carried, under_compute=job.overlap_dp)
         ranks.append(RankPlay(tuple(own), compute_ms, exposed_ms, *reduced_ms, *peaks))
     makespan_ms = max(rank.end_ms for rank in ranks)
     each = zip(runs, times.ranks, strict=True)
@@ -340,12 +341,26 @@ def _ended(
         tuple(ranks),
         makespan_ms,
         reduce_ms=max(makespan_ms, *(rank.reduce_end_ms for rank in ranks)) - makespan_ms,
-        gather_ms=max(_awaited(own, rank.gather_ms, buckets, under_compute=job.overlap_dp) for own, rank in each),
+        gather_ms=max(
+            _awaited(own, rank.gather_ms, buckets, carried, under_compute=job.overlap_dp) for own, rank in each
+        ),
         update_ms=max(rank.update_ms for rank in times.ranks),
     )
 
 
-def _reduced(runs: Sequence[Run], reduce_ms: float, buckets: int, *, under_compute: bool) -> tuple[float, float]:
+def _carried(run: Run) -> float:
+    """How long the link of a rank is busy with tokens during a slot, in ms."""
+    return run.inside.timeline.wire_ms
+
+
+def _nothing(run: Run) -> float:
+    """The same where gradients have links of their own."""
+    return 0.0
+
+
+def _reduced(
+    runs: Sequence[Run], reduce_ms: float, buckets: int, carried: Callable[[Run], float], *, under_compute: bool
+) -> tuple[float, float]:
     """When the gradients of a rank begin to leave, and when all have arrived; `buckets`: of each of its stages."""
     end_ms = runs[-1].end_ms
     if not under_compute or not reduce_ms:
@@ -358,11 +373,13 @@ def _reduced(runs: Sequence[Run], reduce_ms: float, buckets: int, *, under_compu
     for run in sorted(last.values(), key=lambda run: run.end_ms):
         # They are complete one after the other, in equal times.
         starts_ms.append(max(free_ms, run.start_ms + (run.end_ms - run.start_ms) / buckets))
-        free_ms = max(starts_ms[-1] + share_ms, run.end_ms + share_ms / buckets)
+        free_ms = max(starts_ms[-1] + share_ms + carried(run), run.end_ms + share_ms / buckets)
     return starts_ms[0], free_ms
 
 
-def _awaited(runs: Sequence[Run], gather_ms: float, buckets: int, *, under_compute: bool) -> float:
+def _awaited(
+    runs: Sequence[Run], gather_ms: float, buckets: int, carried: Callable[[Run], float], *, under_compute: bool
+) -> float:
     """How long the first forward pass of a rank waits for weights, which come in the order of their use."""
     if not under_compute:
         return gather_ms
@@ -373,6 +390,6 @@ def _awaited(runs: Sequence[Run], gather_ms: float, buckets: int, *, under_compu
     share_ms = gather_ms / len(first)
     waits_ms = []
     for number, run in enumerate(first.values()):
-        before_ms, length_ms = number * share_ms - run.start_ms, run.end_ms - run.start_ms
+        before_ms, length_ms = number * share_ms - run.start_ms, run.end_ms - run.start_ms - carried(run)
         waits_ms += [before_ms + share_ms / buckets, before_ms + share_ms - length_ms * (buckets - 1) / buckets]
     return max(0.0, *waits_ms)

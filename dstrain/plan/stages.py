@@ -285,6 +285,20 @@ class Stages:
         return Reduction(reduce_s * 1e3, gather_s * 1e3, update_s * 1e3)
 
     @cached_property
+    def shares_links(self) -> bool:
+        """Whether tokens take the links that gradients and weights take: inside nodes, or between them."""
+        job, per_node = self.job, self.hardware.devices_per_node
+        groups = _data_group(job, self.hardware), Group.of(job.expert_dp, job.ep * job.etp, per_node)
+        tokens_cross = Group.of(job.ep, job.etp, per_node).nodes > 1
+        return self.spreads and tokens_cross == any(group.nodes > 1 for group in groups)
+
+    def carried_ms(self, shape: Shape) -> float:
+        """Of a micro-batch on a stage in one direction: how long its tokens keep from those links what else would
+        take them."""
+        moe = self.layers.moe if self.shares_links and shape.moe + shape.mtp else None
+        return (shape.moe + shape.mtp) * (moe.out_ms + moe.home_ms) if moe else 0.0
+
+    @cached_property
     def send_ms(self) -> float:
         """Between stages; the neighbours of a rank are on another node unless all of the job is on one."""
         job = self.job
@@ -324,7 +338,8 @@ def step_times(job: Job, hardware: HardwareConfig) -> StepTimes:
     held = placed.held if placed else ((0,),)
     ranks = [stages.reduction([stages.shapes[n] for n in own], placed.copies if placed else 1) for own in held]
     exposed_ms = stages.send_ms if job.blocking_sends else 0.0
-    return StepTimes(tuple(by_shape[shape] for shape in stages.shapes), stages.send_ms, exposed_ms, tuple(ranks))
+    costs = tuple(by_shape[shape] for shape in stages.shapes)
+    return StepTimes(costs, stages.send_ms, exposed_ms, tuple(ranks), stages.shares_links)
 
 
 def _data_group(job: Job, hardware: HardwareConfig) -> Group:

@@ -166,13 +166,16 @@ class Closed:
         shapes = [tuple(self.stages.shapes[n] for n in held) for held in self.placed.held]
         alike = {each: self.stages.reduction(each, self.placed.copies) for each in set(shapes)}
         ranks, exposed = [alike[each] for each in shapes], []
-        for each, held in zip(ranks, own, strict=True):
+        for each, held, shape in zip(ranks, own, shapes, strict=True):
             if not self.job.overlap_dp:
                 exposed.append(each.reduce_ms + each.gather_ms)
                 continue
-            # Buckets leave during the last backward pass, and weights come under the first forward pass.
-            backward = sum(sums.into + sums.weight for sums in held)
-            forward = sum(sums.forward for sums in held)
+            # Buckets leave during the last backward pass, and weights come under the first forward pass, as far as
+            # tokens don't take the links.
+            carried = sum(map(self.stages.carried_ms, shape))
+            backward = sum(sums.into + sums.weight + sums.alone[1] for sums in held) - carried
+            forward = sum(sums.forward + sums.alone[0] for sums in held) - carried
+            backward, forward = max(0.0, backward), max(0.0, forward)
             exposed.append(max(0.0, each.reduce_ms - backward) + max(0.0, each.gather_ms - forward))
         return max(exposed), max(each.update_ms for each in ranks)
 

@@ -31,3 +31,5 @@ class StepTimes:
     # Of that, what both ops of a micro-batch on a stage last longer because nothing hides it.
     send_exposed_ms: float
     ranks: tuple[Reduction, ...]
+    # Whether tokens cross the links that gradients and weights cross, so that one waits for the other.
+    shares_links: bool = False

@@ -177,3 +177,19 @@ def test_the_slowest_of_many_devices():
     job, uneven = Job(DENSE, 64, 2048, 64), replace(MACHINE, device_spread=0.01)
     apart = predict(job, uneven).step_s - predict(job, MACHINE).step_s
     assert apart == pytest.approx((slowdown(0.01, 64) - 1) * predict(job, MACHINE).compute_s)
+
+
+@pytest.mark.parametrize("per_step", [1, 2])
+def test_a_slow_card_carries_everything(per_step: int):
+    """Tokens and gradients that leave by one card can't do so at once: a step takes at least as long as their bytes."""
+    machine = replace(H800, inter_node_gbytes_per_s=1.0, device_spread=0.0)
+    job = Job(V3, 64, 4096, 64 * per_step, ep=16, dispatcher="rank", overlap=per_step > 1, in_flight=per_step)
+    stages = Stages(job, machine)
+    moe, reduction = stages.layers.moe, stages.reduction(stages.shapes, 1)
+    tokens_ms = per_step * job.model.layers * 2 * (moe.out_ms + moe.home_ms)
+    assert stages.shares_links
+    bytes_s = (tokens_ms + reduction.reduce_ms + reduction.gather_ms) / 1e3
+    for found in (predict(job, machine), simulate(job, machine).prediction):
+        assert found.step_s > 0.97 * bytes_s
+    # Where experts stay within a node, the card has gradients alone.
+    assert not Stages(replace(job, ep=8), machine).shares_links
