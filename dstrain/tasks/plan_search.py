@@ -81,11 +81,22 @@ def about(found: Found, config: SearchRoot) -> Iterator[str]:
     if not found.entries:
         yield found.why
         return
-    yield f"Beside the best: {found.why}."
+    yield "Beside the best:"
+    yield from (f"  {family}" for family in found.why.split("; "))
+    yield cost(found.entries[0], config)
     yield f"Train it with: {' '.join(quoted(key) for key in found.keys)}"
     more = [name for name in VARIABLE if name not in config.vary]
     if more:
         yield f"Looks further with: vary='[{', '.join(VARIABLE)}]'"
+
+
+def cost(best: Entry, config: SearchRoot) -> str:
+    """What the whole run takes, at that speed."""
+    tokens = sum(steps * sequences for sequences, steps in steps_by_batch(config.train).items()) * config.train.seq_len
+    hours = tokens / best.prediction.tokens_per_s_per_gpu / 3600
+    price = config.hardware.price_per_hour
+    paid = f", {hours * price:,.0f} US dollars" if price else ""
+    return f"The run with the best: {hours / best.job.gpus / 24:,.3g} days, {hours:,.0f} device-hours{paid}"
 
 
 def quoted(key: str) -> str:

@@ -23,8 +23,13 @@ def test_the_best_layouts(search):
     assert [place for place, *_ in places] == ["1", "2", "3"]
     assert {int(pp) * int(ep) * int(dp) for _, pp, ep, dp in places} == {4}
     assert re.search(r"^[\d,]+ layouts looked at, [\d,]+ fit 79", out, re.MULTILINE)
-    assert "\nBeside the best: " in out
+    assert "\nBeside the best:\n  " in out
     assert re.search(r"The config's own layout is number \d+ of those that fit", out)
+    # Hours of the best, as its own figures have them.
+    days, hours = re.search(
+        r"The run with the best: ([\d.e-]+) days, ([\d,]+) device-hours, [\d,]+ US dollars", out
+    ).groups()
+    assert float(days) == pytest.approx(int(hours.replace(",", "")) / 4 / 24, rel=0.01, abs=0.2)
     # The keys are those of a run on that machine.
     keys = re.search(r"Train it with: (.*)", out)[1].replace("'", "").split()
     config = load.compose("train", ["data.path=x", "train.sequences=8", *keys], world_size=4)
