@@ -8,7 +8,7 @@ from html import escape
 from itertools import groupby
 
 from dstrain.plan.chart import PALETTE, STYLE, bar, memory_chart, schedule_chart
-from dstrain.plan.report import Range, RankUse, Report
+from dstrain.plan.report import Range, RankUse, Report, short
 from dstrain.plan.simulation import Played
 
 PAGE = """\
@@ -96,12 +96,6 @@ def _figure(name: str, value: Range, unit: str = "") -> str:
 
 def _card(value: str, name: str, after: str = "") -> str:
     return f'<div class="figure"><b>{escape(value)}</b><span>{escape(name)}{after}</span></div>'
-
-
-def short(value: float) -> str:
-    """Three digits that count."""
-    rounded = float(f"{value:.3g}")
-    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:.3g}"
 
 
 # -- shares and memory ------------------------------------------------------------------------------------------------

@@ -157,6 +157,12 @@ def _about(job: Job, hardware: HardwareConfig) -> Iterator[tuple[str, str]]:
     yield "machine", f"{job.gpus:,} x {hardware.name}, {hardware.devices_per_node} to a node, {links}"
 
 
+def short(value: float) -> str:
+    """Three digits that count, without an exponent."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:.3g}"
+
+
 def counted(parameters: float) -> str:
     """671.03B, or 9.07M."""
     return f"{parameters / 1e9:,.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:,.2f}M"

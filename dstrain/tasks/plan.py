@@ -17,7 +17,7 @@ from dstrain.plan import report
 from dstrain.plan.cures import cures
 from dstrain.plan.job import job_of
 from dstrain.plan.memory import rank_memory
-from dstrain.plan.report import Range, RankUse, Report
+from dstrain.plan.report import Range, RankUse, Report, short
 from dstrain.plan.simulation import Simulation, simulate
 
 # What the tables need; squeezed into less, they would cut figures off.
@@ -105,12 +105,6 @@ def headline(page: Report) -> Iterator[str]:
 def ranged(figure: Range) -> str:
     """With its interval: "14.2 (12.9-16.1)"."""
     return f"{short(figure.value)} ({short(figure.low)}-{short(figure.high)})"
-
-
-def short(value: float) -> str:
-    """Three digits that count, without an exponent."""
-    rounded = float(f"{value:.3g}")
-    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:.3g}"
 
 
 def amount(count: int) -> str:

@@ -10,8 +10,9 @@ from dstrain.config.schema import Config
 from dstrain.engine.recipe import steps_by_batch
 from dstrain.errors import ConfigError
 from dstrain.plan.job import Job, job_of
+from dstrain.plan.report import short
 from dstrain.plan.search import Entry, Found, search
-from dstrain.tasks.plan import open_console, prepare, short
+from dstrain.tasks.plan import open_console, prepare
 
 
 def run(config: SearchRoot) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from dstrain.config.plan import SUFFIXES, TraceRoot
 from dstrain.errors import UserError
 from dstrain.plan import timeline
-from dstrain.plan.report import Report
+from dstrain.plan.report import Report, short
 from dstrain.plan.simulation import Played
 from dstrain.tasks.output import claim
-from dstrain.tasks.plan import note, open_console, prepare, report_of, short
+from dstrain.tasks.plan import note, open_console, prepare, report_of
 
 # What every file carries.
 MARK = "dstrain plan trace"

@@ -8,9 +8,9 @@ import pytest
 
 from dstrain import hardware
 from dstrain.plan import report
-from dstrain.plan.html import render, short
+from dstrain.plan.html import render
 from dstrain.plan.job import Job
-from dstrain.plan.report import RankUse, Report, Verdict
+from dstrain.plan.report import RankUse, Report, Verdict, short
 from dstrain.plan.simulation import Played, simulate
 from tests.plan.test_simulation import EXPERTS
 
