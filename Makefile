@@ -15,7 +15,7 @@ demo: .venv/.core ## Train a small model with 2 processes on Python's own source
 	@scripts/demo.sh
 
 # What measures no time and shares no network runs two at a time.
-BESIDE := $(addprefix tests/,checkpoint config data inference mesh metrics model parallel plan precision schedule) \
+BESIDE := $(addprefix tests/,checkpoint config data inference mesh model parallel plan precision schedule) \
 	$(addprefix tests/tasks/test_,dryrun.py plan.py plan_search.py plan_trace.py plan_validate.py schedule_show.py) \
 	tests/test_cli.py tests/test_hardware.py
 
