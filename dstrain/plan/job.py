@@ -69,6 +69,8 @@ class Job:
     # Any of norm, mla_up, swiglu, attend, core (that of attention), experts, layer, sac (half of the products, as
     # torchtitan chooses).
     recompute: frozenset[str] = frozenset()
+    # What mla_up computes again reaches to the output of attention, as in parallel/recompute.py.
+    repeats_core: bool = False
     # Gradients are summed, and weights gathered, under compute.
     overlap_dp: bool = True
     # Share of tensor-parallel transfers under compute.
@@ -146,6 +148,7 @@ def job_of(config: Config) -> Job:
         master_bytes=4 if compute != "float32" else 0,
         moment_bytes=BYTES[precision.moments_dtype],
         recompute=frozenset(train.recompute),
+        repeats_core=True,
     )
 
 

@@ -1,8 +1,8 @@
 """Training runs that others have measured and published, as jobs: what `dstrain plan validate` compares with.
 
 A row names a model, a GPU and a configuration, and what was measured; the schema is that of data/published_runs.json.
-What a source does not say is taken from what its software does by default (`SOFTWARE`). Nothing here, and no constant
-of a machine, is fitted to what the rows measured.
+What a source does not say is taken from what its software does by default (`SOFTWARE`). No constant of a machine is
+fitted to what the rows measured; what software hides, repeats and launches was described with them in sight.
 """
 
 import json
@@ -18,6 +18,7 @@ from dstrain.errors import UserError
 from dstrain.hardware import of_gpu
 from dstrain.plan.architecture import Architecture
 from dstrain.plan.job import Job
+from dstrain.plan.layouts import PAIRED
 from dstrain.plan.row_rules import check_rows
 
 PRODUCTS = {"bf16": "bf16", "fp16": "bf16", "fp8": "fp8_tensor", "fp8blk": "fp8_block", "mxfp8": "mxfp8"}
@@ -29,8 +30,7 @@ SCHEDULES = {
     "zb1p": "zb_1p",
     "zbv": "zb_v",
 }
-# Of those, schedules of pairs, and such that put weight gradients off.
-PAIRED = ("dualpipe", "dualpipev")
+# Of those, such that put weight gradients off.
 SPLIT = (*PAIRED, "zb1p", "zbv")
 # A limit is in nodes of so many that the experts lie on.
 LIMITED_NODES = 8
@@ -77,7 +77,6 @@ KNOWN = frozenset(
         "ep_overlap",
         "dispatcher",
         "node_limit",
-        "first_last",
         "cuda_graph",
         "flash",
         "sp",
@@ -132,7 +131,6 @@ class Software:
     grad_bytes: int = 4
     tp_overlap: float = 0.0
     blocking_sends: bool = False
-    moment_bytes: int = 4
     # Kernels bound by memory, over those of fused ones.
     unfused: float = 1.0
     launch_per_expert: bool = False
@@ -271,7 +269,6 @@ def job_of_row(row: Row) -> Job:
         zero=config.get("zero", 1),
         grad_bytes=config.get("grad_bytes", software.grad_bytes),
         grad_wire_bytes=config.get("grad_bytes", software.grad_bytes),
-        moment_bytes=software.moment_bytes,
         recompute=frozenset(_recompute(row)),
         # In a pipeline all stages reduce at its very end, over cards that also carry what passes between stages.
         overlap_dp=config.get("overlap_dp", config.get("pp", 1) == 1),

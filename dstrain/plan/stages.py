@@ -139,6 +139,8 @@ class Layers:
         names, forward = self.job.recompute, work.forward
         if not names:
             return work
+        if self.job.repeats_core and "mla_up" in names:
+            names |= {"core"}
         again = {kind: forward[kind] for name in names for kind in AGAIN.get(name, ()) if kind in forward}
         is_attention = "attention" in forward
         whole = {"layer", "attend"} if is_attention else {"layer", "moe"}
@@ -269,7 +271,7 @@ class Stages:
         job, held = self.job, [self.held(shape) for shape in shapes]
         experts, others = sum(e for e, _ in held), sum(o for _, o in held)
         groups = (
-            (experts, Group.of(job.expert_dp, job.ep * job.etp, self.hardware.devices_per_node), job.expert_dp),
+            (experts, _expert_group(job, self.hardware), job.expert_dp),
             (others, _data_group(job, self.hardware), job.dp * job.cp),
         )
         reduce_s, gather_s, update_s = 0.0, 0.0, self.hardware.step_us * 1e-6
@@ -288,7 +290,7 @@ class Stages:
     def shares_links(self) -> bool:
         """Whether tokens take the links that gradients and weights take: inside nodes, or between them."""
         job, per_node = self.job, self.hardware.devices_per_node
-        groups = _data_group(job, self.hardware), Group.of(job.expert_dp, job.ep * job.etp, per_node)
+        groups = _data_group(job, self.hardware), _expert_group(job, self.hardware)
         tokens_cross = Group.of(job.ep, job.etp, per_node).nodes > 1
         return self.spreads and tokens_cross == any(group.nodes > 1 for group in groups)
 
@@ -344,6 +346,11 @@ def step_times(job: Job, hardware: HardwareConfig) -> StepTimes:
 
 def _data_group(job: Job, hardware: HardwareConfig) -> Group:
     return Group.of(job.dp * job.cp, job.tp, hardware.devices_per_node)
+
+
+def _expert_group(job: Job, hardware: HardwareConfig) -> Group:
+    """Ranks that hold the same experts."""
+    return Group.of(job.expert_dp, job.ep * job.etp, hardware.devices_per_node)
 
 
 def weights_of(model: Architecture, *, is_moe: bool) -> int:

@@ -107,6 +107,15 @@ def test_a_name_adds_the_forward_time_of_its_kernels(name: str, kinds: list[str]
         assert repeated == pytest.approx((plain[0], plain[1] + more_ms, plain[2]))
 
 
+def test_mla_up_of_dstrain_reaches_to_the_output_of_attention():
+    """What parallel/recompute.py wraps for it holds the core of attention."""
+    job = replace(JOB, recompute=frozenset({"mla_up"}))
+    alone, own = Layers(job, MACHINE), Layers(replace(job, repeats_core=True), MACHINE)
+    core_ms = 1e3 * alone.kernels.moe_layer.attend.forward["attention"]
+    forward, into, weight = alone.moe.passes
+    assert own.moe.passes == pytest.approx((forward, into + core_ms, weight))
+
+
 WHOLE = {
     "layer": ["attend", "shared", "experts"],
     "attend": ["attend"],
